@@ -1,0 +1,373 @@
+"""The one owner of the on-disk format: checked safetensors headers, row slices, shards, atomic writing.
+
+Only safetensors are read. A file is looked at through its header, checked against the file's size, before anything of
+it is trusted; tensors are then read lazily (`Checkpoint.arrays`) or in row slices (`read_rows`), which need the memory
+of the slice only: `mx.load` reads a whole tensor for ten rows of it, and mapped pages count as memory too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import CheckpointError, InputError
+from ..model.config import read_json
+
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9
+_MAX_HEADER_BYTES = 100_000_000
+# safetensors' name -> MLX's dtype, and the numpy dtype its bytes are read as.
+DTYPES: dict[str, tuple[mx.Dtype, str]] = {
+    "F32": (mx.float32, "<f4"),
+    "F16": (mx.float16, "<f2"),
+    "BF16": (mx.bfloat16, "<u2"),
+    "U32": (mx.uint32, "<u4"),
+    "U8": (mx.uint8, "u1"),
+}
+DTYPE_NAMES = {dtype: name for name, (dtype, _) in DTYPES.items()}
+FLOATS = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies: `start` and `end` are byte offsets in `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder's tensors by name, over all shards; made by `open_checkpoint`."""
+
+    folder: Path
+    entries: Mapping[str, TensorEntry]
+
+    @property
+    def files(self) -> list[Path]:
+        """The shards, in the order of their first tensor."""
+        return list(dict.fromkeys(entry.file for entry in self.entries.values()))
+
+    def arrays(self) -> dict[str, mx.array]:
+        """All tensors as lazy MLX arrays: a tensor is read when it is first computed with, and never otherwise."""
+        arrays: dict[str, mx.array] = {}
+        for file in self.files:
+            loaded = mx.load(str(file), format="safetensors")
+            assert isinstance(loaded, dict)
+            arrays.update({name: loaded[name] for name in loaded if name in self.entries})
+        return arrays
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Finds and checks the safetensors files of a folder, as transformers chooses them; reads no tensor.
+
+    Raises:
+        CheckpointError: no safetensors, a shard is missing or damaged, or the index names what it must not.
+    """
+    folder = Path(folder)
+    if (folder / WEIGHTS_FILE).exists():
+        return Checkpoint(folder, read_header(folder / WEIGHTS_FILE))
+    index_path = folder / INDEX_FILE
+    if not index_path.exists():
+        raise CheckpointError(_explain_no_weights(folder))
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index_path}: has no usable weight_map; expected names of tensors and files")
+    headers: dict[str, dict[str, TensorEntry]] = {}
+    for name in dict.fromkeys(weight_map.values()):
+        # The links of a hub cache point elsewhere and are fine: it is the name that must stay inside the folder.
+        if name != Path(name).name or name in ("", ".", "..") or "\\" in name or not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{index_path}: names the file {name!r}; expected a .safetensors file in the same folder; "
+                f"do not use this checkpoint"
+            )
+        headers[name] = read_header(folder / name)
+    entries: dict[str, TensorEntry] = {}
+    for tensor, name in weight_map.items():
+        if tensor not in headers[name]:
+            raise CheckpointError(f"{folder / name}: has no tensor {tensor!r}, which {INDEX_FILE} says it has; download it again")
+        entries[tensor] = headers[name][tensor]
+    for name, header in headers.items():
+        if extra := sorted(tensor for tensor in header if weight_map.get(tensor) != name):
+            raise CheckpointError(f"{folder / name}: holds {extra[0]!r}, which {INDEX_FILE} does not list; download both again")
+    return Checkpoint(folder, entries)
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """Reads the table of contents of a safetensors file and checks it against the file's size.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, damaged, or holds a dtype that is not supported.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+                raise CheckpointError(f"{path}: is {size} bytes and no whole safetensors file; download it again")
+            table = json.loads(file.read(length))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; expected a shard of this checkpoint; download it again") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check the permissions") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: its header is damaged ({error}); download it again") from error
+    data_start = 8 + length
+    entries = [
+        _read_entry(path, name, value, data_start)
+        for name, value in (table.items() if isinstance(table, dict) else ())
+        if name != "__metadata__"
+    ]
+    expected = data_start
+    for entry in sorted(entries, key=lambda entry: (entry.start, entry.end)):
+        if entry.start != expected:
+            raise CheckpointError(f"{path}: tensor {entry.name!r} starts at byte {entry.start}; expected {expected}; download it again")
+        expected = entry.end
+    if expected != size:
+        raise CheckpointError(f"{path}: is {size} bytes; expected {expected} by its header; download it again")
+    return {entry.name: entry for entry in entries}
+
+
+def read_rows(entry: TensorEntry, start: int, stop: int) -> mx.array:
+    """Reads rows [start, stop) of a tensor's first dimension, and nothing else of the file.
+
+    Returns:
+        array of shape (stop - start, *entry.shape[1:]) in the file's dtype.
+
+    Raises:
+        CheckpointError: the file ended early or could not be read.
+    """
+    dtype, storage = DTYPES[entry.dtype]
+    row_bytes = entry.nbytes // entry.shape[0] if entry.shape[0] else 0
+    buffer = np.empty((stop - start) * row_bytes, np.uint8)
+    view, offset = memoryview(buffer), entry.start + start * row_bytes
+    try:
+        with open(entry.file, "rb", buffering=0) as file:
+            file.seek(offset)
+            done = 0
+            while done < len(view) and (count := file.readinto(view[done:])):
+                done += count
+    except OSError as error:
+        raise CheckpointError(f"{entry.file}: cannot read {entry.name!r} ({error.strerror})") from error
+    if done < len(view):
+        raise CheckpointError(f"{entry.file}: ends inside {entry.name!r}; download it again")
+    rows = mx.array(buffer.view(storage).reshape(stop - start, *entry.shape[1:]))
+    return rows.view(dtype) if rows.dtype != dtype else rows
+
+
+def same_content(a: TensorEntry, b: TensorEntry) -> bool:
+    """Whether two tensors are equal to the bit; reads slices and stops at the first difference."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    step = max(1, 2**24 * a.shape[0] // max(a.nbytes, 1))
+    unsigned = {4: mx.uint32, 2: mx.uint16, 1: mx.uint8}[DTYPES[a.dtype][0].size]  # bits, so that NaN equals itself
+    for start in range(0, a.shape[0], step):
+        stop = min(start + step, a.shape[0])
+        if not mx.array_equal(read_rows(a, start, stop).view(unsigned), read_rows(b, start, stop).view(unsigned)).item():
+            return False
+    return True
+
+
+class TensorWriter:
+    """Writes one safetensors file whose tensors' shapes are known before their values.
+
+    Bytes go to their final place as they are made, in any order; `close` checks nothing is missing and syncs to disk.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+        """Args: path of the new file; name -> (safetensors dtype, shape), in the order they are to lie."""
+        header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+        offset = 0
+        self._sizes: dict[str, int] = {}
+        for name, (dtype, shape) in tensors.items():
+            nbytes = math.prod(shape) * DTYPES[dtype][0].size
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+            self._sizes[name] = nbytes
+            offset += nbytes
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        self._starts = {name: 8 + len(encoded) + header[name]["data_offsets"][0] for name in tensors}
+        self._written = dict.fromkeys(tensors, 0)
+        self._path = path
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 - closed by close()
+        self._file.write(len(encoded).to_bytes(8, "little") + encoded)
+        self._file.truncate(8 + len(encoded) + offset)
+
+    def write(self, name: str, values: mx.array) -> None:
+        """Appends rows to a tensor: successive calls fill it from the front."""
+        data = memoryview(np.ascontiguousarray(_as_numpy(values))).cast("B")
+        position = self._starts[name] + self._written[name]
+        while data:
+            count = os.pwrite(self._file.fileno(), data, position)
+            self._written[name] += count
+            position += count
+            data = data[count:]
+
+    def close(self) -> None:
+        """Syncs the file; raises CheckpointError if a tensor is not complete."""
+        for name, size in self._sizes.items():
+            if self._written[name] != size:
+                raise CheckpointError(f"{self._path}: {name!r} has {self._written[name]} bytes; expected {size}")
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def abort(self) -> None:
+        """Closes the file as it is."""
+        self._file.close()
+
+
+def plan_shards(sizes: Mapping[str, int], shard_bytes: int = SHARD_BYTES) -> dict[str, list[str]]:
+    """File name -> tensor names, in order, each file at most `shard_bytes` (or one tensor)."""
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, nbytes in sizes.items():
+        if shards[-1] and used + nbytes > shard_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += nbytes
+    if len(shards) == 1:
+        return {WEIGHTS_FILE: shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, start=1)}
+
+
+def write_index(folder: Path, shards: Mapping[str, Sequence[str]], total_bytes: int) -> None:
+    """Writes model.safetensors.index.json as transformers and mlx-lm read it."""
+    weight_map = {name: file for file, names in shards.items() for name in names}
+    values = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(folder / INDEX_FILE, values)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes JSON as transformers does (2 spaces, newline at the end) and syncs it."""
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(values, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, mx.array]) -> None:
+    """Writes arrays in shards with an index, evaluating one at a time."""
+    sizes = {name: value.nbytes for name, value in tensors.items()}
+    shards = plan_shards(sizes)
+    for file, names in shards.items():
+        table = {name: (DTYPE_NAMES[tensors[name].dtype], tuple(tensors[name].shape)) for name in names}
+        writer = TensorWriter(folder / file, table)
+        try:
+            for name in names:
+                writer.write(name, tensors[name])
+            writer.close()
+        finally:
+            writer.abort()
+    write_index(folder, shards, sum(sizes.values()))
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary sibling that takes the name `path` only when the block ends without an error.
+
+    Raises:
+        InputError: the path exists and may not be overwritten, or is not a checkpoint folder.
+    """
+    path = Path(path).expanduser().absolute()
+    check_target(path, overwrite=overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+    try:
+        yield partial
+        publish_folder(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_target(path: Path, *, overwrite: bool) -> None:
+    """Raises InputError unless a checkpoint may be written to `path`."""
+    if not path.exists() and not path.is_symlink():
+        return
+    if not overwrite:
+        raise InputError(f"{path}: exists already; expected a new folder; name another one, or ask to overwrite it")
+    if path.is_symlink() or not path.is_dir() or (any(path.iterdir()) and not (path / "config.json").exists()):
+        raise InputError(f"{path}: is no checkpoint folder and is not overwritten; name another folder")
+
+
+def publish_folder(partial: Path, path: Path) -> None:
+    """Syncs a finished folder and gives it its name; an older one of that name goes only after."""
+    for folder in (partial, path.parent):
+        _sync(folder)
+    partial.chmod(0o777 & ~_umask())
+    if path.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
+        os.replace(path, old / path.name)
+        os.replace(partial, path)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.replace(partial, path)
+    _sync(path.parent)
+
+
+def _read_entry(path: Path, name: str, value: Any, data_start: int) -> TensorEntry:
+    try:
+        dtype, shape, (start, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+        whole = all(isinstance(n, int) and n >= 0 for n in (*shape, start, end))
+    except (TypeError, KeyError, ValueError):
+        whole, dtype, shape, start, end = False, "", (), 0, 0
+    if not whole:
+        raise CheckpointError(f"{path}: its entry for {name!r} is damaged; download the file again")
+    if name.endswith("rotary_emb.inv_freq"):
+        return TensorEntry(name, dtype, shape, path, data_start + start, data_start + end)
+    if dtype not in DTYPES:
+        raise CheckpointError(f"{path}: {name!r} has dtype {dtype}; expected one of {', '.join(DTYPES)}")
+    if end - start != math.prod(shape) * DTYPES[dtype][0].size:
+        raise CheckpointError(f"{path}: {name!r} has {end - start} bytes; its shape {shape} and {dtype} need another number")
+    return TensorEntry(name, dtype, shape, path, data_start + start, data_start + end)
+
+
+def _explain_no_weights(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"{folder}: no such folder; expected a checkpoint folder; check the path"
+    other = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".npz"))
+    if other:
+        return (
+            f"{folder}: holds {other[0]} but no {WEIGHTS_FILE}; only safetensors are read; save the model with "
+            f"transformers' save_pretrained first"
+        )
+    return f"{folder}: has no {WEIGHTS_FILE} and no {INDEX_FILE}; expected a Hugging Face or MLX checkpoint"
+
+
+def _as_numpy(values: mx.array) -> np.ndarray:
+    # numpy has no bfloat16: its bytes travel as uint16.
+    return np.array(values.view(mx.uint16) if values.dtype == mx.bfloat16 else values, copy=False)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

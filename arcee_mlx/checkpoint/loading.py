@@ -1,0 +1,264 @@
+"""load_model, load, save_checkpoint: from a path or a hub id to a model and a tokenizer, and back to a folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..errors import CheckpointError, ConfigError, InputError
+from ..model.config import ArceeConfig, read_config
+from ..model.decoder import ArceeForCausalLM, ArceeModel
+from .files import FLOATS, Checkpoint, TensorEntry, new_folder, open_checkpoint, same_content, write_json, write_tensors
+from .hub import resolve_folder
+from .tokenizer import Tokenizer, read_tokenizer
+
+Model = ArceeForCausalLM | ArceeModel
+M = TypeVar("M", ArceeForCausalLM, ArceeModel)
+_CLASSES: dict[str, type[Model]] = {"ArceeForCausalLM": ArceeForCausalLM, "ArceeModel": ArceeModel}
+_HEADS = ("lm_head", "score", "qa_outputs")
+_EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
+
+
+def load(
+    path_or_id: str | os.PathLike[str], revision: str | None = None, dtype: mx.Dtype | str | None = None
+) -> tuple[ArceeForCausalLM, Tokenizer]:
+    """Loads a causal model and its tokenizer, as mlx_lm.load.
+
+    Args:
+        path_or_id: a checkpoint folder, or a Hugging Face Hub id such as "arcee-ai/AFM-4.5B".
+        revision: branch, tag or commit of a hub id.
+        dtype: see `load_model`.
+
+    Raises:
+        ArceeError: see `load_model`; TokenizerError when there is no usable tokenizer.json.
+    """
+    folder = resolve_folder(path_or_id, revision=revision)
+    tokenizer = read_tokenizer(folder)
+    return load_model(folder, ArceeForCausalLM, dtype=dtype), tokenizer
+
+
+def load_model(
+    path_or_id: str | os.PathLike[str],
+    model_class: type[M] | None = None,
+    dtype: mx.Dtype | str | None = None,
+    *,
+    revision: str | None = None,
+) -> M:
+    """Loads a model. Nothing is read from disk before it is first computed with, and then once.
+
+    Args:
+        path_or_id: a checkpoint folder, or a Hugging Face Hub id.
+        model_class: ArceeForCausalLM or ArceeModel; None takes the one config.json names in `architectures`.
+        revision: branch, tag or commit of a hub id.
+        dtype: of weights and activations: an mx.Dtype or its name; "auto" for the checkpoint's own (config `dtype`,
+            else `torch_dtype`, else the file's); None for the checkpoint's own on a GPU and float32 on MLX's CPU
+            backend, where half precision is many times slower.
+
+    Raises:
+        ConfigError: config.json does not describe a model this package runs exactly.
+        CheckpointError: files are missing or damaged, or a tensor is missing, unexpected or mis-shaped.
+        HubError: a hub id could not be downloaded.
+        InputError: dtype or model_class is none of the above.
+    """
+    folder = resolve_folder(path_or_id, revision=revision)
+    config = read_config(folder)
+    checkpoint = open_checkpoint(folder)
+    chosen = _choose_class(config, model_class)
+    names = _map_names(checkpoint, chosen)  # the model's key -> the file's key
+    tied = None
+    if chosen is ArceeForCausalLM:
+        tied = _tie(names, checkpoint, config)
+    high, low = mx.random.state[0].tolist()  # making layers draws from the global generator: put it back after
+    model = ArceeModel(config) if chosen is ArceeModel else ArceeForCausalLM(config, tied=tied)
+    mx.random.seed(high << 32 | low)
+    _quantize_layers(model, names, config)
+    _check_tensors(model, names, checkpoint)
+    target = _compute_dtype(dtype, config, checkpoint)
+    arrays = checkpoint.arrays()
+    weights = {key: _cast(arrays[name], target) for key, name in names.items()}
+    model.load_weights(list(weights.items()), strict=True)
+    model.eval()
+    return model  # type: ignore[return-value]
+
+
+def save_checkpoint(
+    model: ArceeForCausalLM | ArceeModel,
+    path: str | os.PathLike[str],
+    tokenizer: Tokenizer | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Writes a checkpoint that transformers, mlx-lm (float or quantized in its own form) and this package read.
+
+    The folder appears under its name only when it is complete; a failure leaves nothing, or the old one.
+
+    Args:
+        model: float or quantized.
+        path: of the new folder.
+        tokenizer: written along, with the end-of-text ids it stops at.
+        overwrite: replace an existing checkpoint folder.
+
+    Raises:
+        InputError: the folder exists and `overwrite` is false.
+    """
+    weights = dict(tree_flatten(model.parameters()))
+    dtypes = {str(w.dtype).removeprefix("mlx.core.") for k, w in weights.items() if k.endswith("norm.weight")}
+    values = model.config.to_dict() | {"architectures": [type(model).__name__], "dtype": dtypes.pop()}
+    if isinstance(model, ArceeForCausalLM):
+        values["tie_word_embeddings"] = "lm_head" not in model
+    if table := _quantization_table(model):
+        values["quantization"] = values["quantization_config"] = table
+    with new_folder(Path(path), overwrite=overwrite) as folder:
+        write_tensors(folder, weights)
+        write_json(folder / "config.json", values)
+        if tokenizer is not None:
+            tokenizer.save(folder)
+
+
+def _choose_class(config: ArceeConfig, asked: type[Any] | None) -> type[Model]:
+    if asked is not None:
+        if asked not in _CLASSES.values():
+            raise InputError(f"model_class is {asked!r}; expected {' or '.join(_CLASSES)}")
+        return asked
+    named = (config.architectures or ["ArceeForCausalLM"])[0]
+    if named not in _CLASSES:
+        raise ConfigError(
+            f"{config.source}: architectures names {named!r}; expected {' or '.join(_CLASSES)}; pass model_class "
+            f"to load the decoder of this checkpoint"
+        )
+    return _CLASSES[named]
+
+
+def _map_names(checkpoint: Checkpoint, chosen: type[Model]) -> dict[str, str]:
+    """The model's key -> the file's: base and causal prefixes mapped, stale tensors and other heads left out by name."""
+    names = [name for name in checkpoint.entries if not name.endswith("rotary_emb.inv_freq")]
+    has_prefix = any(name.startswith("model.") for name in names)
+    if chosen is ArceeModel:
+        names = [name for name in names if name.split(".")[0] not in _HEADS]
+        return {name.removeprefix("model."): name for name in names}
+    if has_prefix:
+        return {name: name for name in names}
+    return {name if name.split(".")[0] in _HEADS else f"model.{name}": name for name in names}
+
+
+def _tie(names: dict[str, str], checkpoint: Checkpoint, config: ArceeConfig) -> bool:
+    """Decides whether head and embedding are one, as transformers does, and leaves one of them in `names`."""
+    embedding = {key for key in names if key.startswith(_EMBEDDING + ".")}
+    head = {key for key in names if key.startswith(_HEAD + ".")}
+    if not config.tie_word_embeddings:
+        return False
+    if embedding and head:
+        pairs = [(key, key.replace(_EMBEDDING, _HEAD)) for key in embedding]
+        if len(embedding) != len(head) or not all(
+            other in names and same_content(checkpoint.entries[names[key]], checkpoint.entries[names[other]])
+            for key, other in pairs
+        ):
+            return False
+        for key in head:
+            del names[key]
+    for key in head - embedding if not embedding else ():
+        names[key.replace(_HEAD, _EMBEDDING)] = names.pop(key)
+    return True
+
+
+def _quantize_layers(model: Model, names: Mapping[str, str], config: ArceeConfig) -> None:
+    """Turns the layers that the file has quantized into quantized ones, by the file's keys and config's table."""
+    quantized = {key.removesuffix(".scales") for key in names if key.endswith(".scales")}
+    if not quantized:
+        return
+    table = config.quantization or {}
+    defaults = {key: table[key] for key in ("group_size", "bits", "mode") if key in table}
+
+    def parameters(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if path not in quantized:
+            return False
+        own = table.get(path, table.get(f"model.{path}"))
+        chosen = own if isinstance(own, dict) else defaults
+        if not {"group_size", "bits"} <= chosen.keys():
+            raise ConfigError(f"{config.source}: has no quantization for {path!r}, which is quantized in the file")
+        if module.weight.shape[-1] % chosen["group_size"]:
+            raise ConfigError(
+                f"{config.source}: quantization group_size {chosen['group_size']} does not divide the "
+                f"{module.weight.shape[-1]} inputs of {path!r}"
+            )
+        return chosen
+
+    nn.quantize(model, class_predicate=parameters)
+
+
+def _check_tensors(model: Model, names: Mapping[str, str], checkpoint: Checkpoint) -> None:
+    expected: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    if missing := sorted(expected.keys() - names.keys()):
+        advice = "the head cannot be made up; the file is incomplete" if missing[0].startswith("lm_head") else "download it again"
+        raise CheckpointError(
+            f"{checkpoint.folder}: has no tensor {missing[0]!r}{_and_more(missing)}; expected shape "
+            f"{expected[missing[0]].shape}; {advice}"
+        )
+    if unexpected := sorted(names.keys() - expected.keys()):
+        entry = checkpoint.entries[names[unexpected[0]]]
+        raise CheckpointError(
+            f"{entry.file}: holds {entry.name!r}{_and_more(unexpected)}, which this model does not have; expected only "
+            f"what config.json describes; check that config and weights belong together"
+        )
+    for key, array in expected.items():
+        _check_tensor(checkpoint.entries[names[key]], array)
+
+
+def _check_tensor(entry: TensorEntry, expected: mx.array) -> None:
+    packed = expected.dtype in (mx.uint32, mx.uint8)
+    if entry.shape != tuple(expected.shape):
+        raise CheckpointError(
+            f"{entry.file}: {entry.name!r} has shape {entry.shape}; expected {tuple(expected.shape)}; check that config "
+            f"and weights belong together"
+        )
+    if packed != (entry.dtype not in FLOATS):
+        raise CheckpointError(
+            f"{entry.file}: {entry.name!r} has dtype {entry.dtype}; expected {'packed integers' if packed else 'floats'}"
+        )
+
+
+def _and_more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _compute_dtype(asked: mx.Dtype | str | None, config: ArceeConfig, checkpoint: Checkpoint) -> mx.Dtype:
+    on_cpu = mx.default_device() == mx.cpu
+    if asked is None and on_cpu:
+        return mx.float32
+    if asked is None or asked == "auto":
+        asked = config.dtype or next(e.dtype for e in checkpoint.entries.values() if e.dtype in FLOATS)
+    by_name = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+    by_name |= {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+    dtype = by_name.get(asked) if isinstance(asked, str) else asked
+    if dtype not in (mx.float32, mx.float16, mx.bfloat16):
+        raise InputError(f"dtype is {asked!r}; expected float32, float16, bfloat16, 'auto' or None")
+    if on_cpu and dtype != mx.float32 and any(name.endswith(".scales") for name in checkpoint.entries):
+        raise InputError(
+            f"dtype is {asked!r} for a quantized checkpoint on MLX's CPU backend, whose half-precision quantized "
+            f"products are wrong by several percent; expected float32 (or None) there"
+        )
+    return dtype
+
+
+def _cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
+    return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
+
+
+def _quantization_table(model: nn.Module) -> dict[str, Any]:
+    """MLX's quantization table: the commonest parameters as default, layers that differ by name."""
+    layers = {
+        path: {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
+        for path, module in tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
+        if hasattr(module, "bits")
+    }
+    if not layers:
+        return {}
+    kinds = list(layers.values())
+    default = max(kinds, key=kinds.count)
+    return {**default, **{path: own for path, own in layers.items() if own != default}}

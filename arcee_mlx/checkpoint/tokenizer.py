@@ -1,0 +1,599 @@
+"""Text to token ids and back: a checkpoint's tokenizer files, resolved as transformers 5.23 resolves them, no MLX.
+
+Streaming: the pieces a `Detokenizer` gives, joined, are exactly `Tokenizer.decode` of the same ids, for every sequence
+of ids. tokenizers has `DecodeStream` for this, but it decodes a window and trusts that its text only grows. With byte
+fallback it does not: one bad byte turns the whole run of byte tokens before it into replacement characters, after
+`DecodeStream` has given them out as text; then it raises. It also has no end (unfinished bytes stay inside), and a run of
+undecodable bytes costs it quadratic time. So each step of the checkpoint's decoder is run incrementally here, with what
+it still has to know kept as its state: constant work a token, and nothing held longer than the decoder requires.
+
+Source: transformers 5.23, tokenization_utils_tokenizers.py and tokenization_utils_base.py (behaviour, not code).
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from operator import index
+from pathlib import Path
+from typing import Any, Protocol
+
+import tokenizers
+from tokenizers import AddedToken, decoders
+
+from arcee_mlx.checkpoint.chat_template import TEMPLATE_FILE, TEMPLATE_FOLDER, read_chat_templates, render_chat
+from arcee_mlx.errors import InputError, TokenizerError
+
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", TEMPLATE_FILE)
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """Read the tokenizer of a checkpoint folder.
+
+    tokenizer.json is what encodes and decodes. As in transformers: `add_bos_token` and `add_eos_token` of
+    tokenizer_config.json do nothing beside it (its post-processor stands), stored padding and truncation are off,
+    tokens of `added_tokens_decoder` that it lacks are added, and special tokens it lists as ordinary become special.
+
+    Special tokens come from tokenizer_config.json; where that has no `added_tokens_decoder` (old checkpoints),
+    special_tokens_map.json goes over it and added_tokens.json adds to it.
+
+    Args:
+        folder: The checkpoint folder. Every file but tokenizer.json may be missing.
+
+    Returns:
+        The tokenizer, with the checkpoint's chat templates.
+
+    Raises:
+        TokenizerError: tokenizer.json is missing, or one of the files is damaged.
+    """
+    folder = Path(folder)
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        cure = "convert tokenizer.model with transformers" if (folder / "tokenizer.model").is_file() else "download it"
+        raise TokenizerError(f"{path} is missing; expected the tokenizer beside the weights; {cure} and try again")
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing more precise
+        raise TokenizerError(
+            f"{path} cannot be read ({error}); expected a file of the tokenizers library; download it again"
+        ) from error
+    config = _read_json(folder / "tokenizer_config.json")
+    try:
+        special_tokens = _resolve_special_tokens(folder, config, backend)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise TokenizerError(
+            f"{folder}: the special tokens cannot be read ({error}); expected each token as text or as an object with "
+            "`content`; repair tokenizer_config.json or special_tokens_map.json, or download them again"
+        ) from error
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
+    model_config = _read_json(folder / "config.json")
+    return Tokenizer(
+        backend,
+        folder=folder,
+        special_tokens=special_tokens,
+        chat_templates=read_chat_templates(folder, config),
+        eos_token_ids=_read_eos_token_ids(folder, model_config),
+        cleans_up_spaces=_cleans_up_spaces(config, backend),
+        model_vocab_size=size if isinstance(size := model_config.get("vocab_size"), int) else 0,
+    )
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer; `read_tokenizer` makes it. Safe to share: nothing in it changes after it is made.
+
+    Attributes:
+        vocab_size: Number of ids, added tokens included: the largest id plus one.
+        special_tokens: Texts of the special tokens by name (`bos_token`, ...), the model's own names included.
+        bos_token, eos_token, pad_token, unk_token: Their texts, or None.
+        bos_token_id, eos_token_id, pad_token_id: Their ids, or None.
+        eos_token_ids: Every id that ends generation: `eos_token_id` of generation_config.json (one or several), else of
+            config.json, and always the tokenizer's own `eos_token`. transformers stops at the first of these that
+            exists; chat checkpoints that end a turn with another token than they end a document with often name it in
+            one place only, and a model that runs past its turn talks to itself. mlx-lm adds it for the same reason.
+        chat_template: The text of the default chat template, or None.
+        has_chat_template: Whether there is any chat template, default or not.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        folder: Path,
+        special_tokens: Mapping[str, str],
+        chat_templates: Mapping[str, str],
+        eos_token_ids: Iterable[int],
+        cleans_up_spaces: bool = False,
+        model_vocab_size: int = 0,
+    ) -> None:
+        self._backend = backend
+        self._folder = folder
+        self._chat_templates = dict(chat_templates)
+        self._cleans_up_spaces = cleans_up_spaces
+        self._special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
+        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        # Embedding tables are padded to round sizes; a model may emit an id beyond the tokenizer's, which has no text.
+        self._id_count = max(self.vocab_size, model_vocab_size)
+        self.special_tokens: dict[str, str] = dict(special_tokens)
+        self.bos_token = special_tokens.get("bos_token")
+        self.eos_token = special_tokens.get("eos_token")
+        self.pad_token = special_tokens.get("pad_token")
+        self.unk_token = special_tokens.get("unk_token")
+        self.bos_token_id = self._id_of(self.bos_token)
+        self.eos_token_id = self._id_of(self.eos_token)
+        self.pad_token_id = self._id_of(self.pad_token)
+        own = () if self.eos_token_id is None else (self.eos_token_id,)
+        self.eos_token_ids: frozenset[int] = frozenset(eos_token_ids).union(own)
+        self.has_chat_template = bool(self._chat_templates)
+        self.chat_template = self._chat_templates.get("default")
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Turn text into ids. The text of a special token inside it gives that token's id, as in transformers.
+
+        Args:
+            text: Any Unicode text.
+            add_special_tokens: Whether the tokenizer puts its own begin and end tokens around it.
+
+        Raises:
+            InputError: `text` is not a str, or has half of a surrogate pair, which UTF-8 cannot hold.
+        """
+        if not isinstance(text, str):
+            raise InputError(f"text is of type {type(text).__name__}; expected str; join or decode it first")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"text has a lone surrogate at position {error.start}; expected valid Unicode; "
+                "read the source with errors='replace'"
+            ) from error
+        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
+        """Turn ids into text.
+
+        `clean_up_tokenization_spaces` of tokenizer_config.json is followed as in transformers: never for BPE, which it
+        would corrupt. An id the model has but the tokenizer has not (a padded embedding table) gives no text.
+
+        Args:
+            ids: Token ids, each in [0, the larger of `vocab_size` and config.json's).
+            skip_special_tokens: Leaves special tokens out.
+
+        Raises:
+            InputError: An id is not an integer, or out of range.
+        """
+        checked = [self._check_id(token_id) for token_id in _each(ids)]
+        text = self._backend.decode(checked, skip_special_tokens=skip_special_tokens)
+        return _clean_up_spaces(text) if self._cleans_up_spaces else text
+
+    def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
+        """Start turning one stream of ids into text; joined, its pieces are `decode` of all the ids."""
+        return Detokenizer(self, skip_special_tokens=skip_special_tokens)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+        chat_template: str | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Render a conversation as the text of a prompt; arguments and errors as in `render_chat`.
+
+        The template sees the special tokens by name; `template_variables` go over them.
+        """
+        return render_chat(
+            self._chat_templates,
+            messages,
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            chat_template=chat_template,
+            template_variables={**self.special_tokens, **(template_variables or {})},
+        )
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+        chat_template: str | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Render a conversation and encode it. No special tokens are added: the template has written them already."""
+        prompt = self.apply_chat_template(
+            messages,
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            chat_template=chat_template,
+            template_variables=template_variables,
+        )
+        return self.encode(prompt, add_special_tokens=False)
+
+    def token_id(self, text: str) -> int | None:
+        """Look up the id of the token whose stored text is `text`; None where there is none."""
+        return self._backend.token_to_id(text)
+
+    def save(self, folder: Path) -> None:
+        """Copy the tokenizer's files, byte for byte, from the folder it was read from.
+
+        generation_config.json and config.json belong to the model and are not copied.
+
+        Raises:
+            TokenizerError: A file cannot be copied, or `folder` holds a tokenizer file this tokenizer does not have,
+                which would change what the copy means.
+        """
+        folder = Path(folder)
+        sources = _tokenizer_files(self._folder)
+        if foreign := sorted(_tokenizer_files(folder) - sources):
+            raise TokenizerError(
+                f"{folder} has {', '.join(map(str, foreign))}; expected no tokenizer files but this tokenizer's own; "
+                "remove them or save into another folder"
+            )
+        if Path("tokenizer.json") not in sources:
+            raise TokenizerError(f"{self._folder} has lost its tokenizer.json; expected it still there; read it again")
+        try:
+            for name in sources:
+                target = folder / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if not (target.exists() and target.samefile(self._folder / name)):
+                    shutil.copyfile(self._folder / name, target)
+        except OSError as error:
+            raise TokenizerError(f"{folder}: {error}; expected a folder to write to; check space and rights") from error
+
+    def _id_of(self, token: str | None) -> int | None:
+        return None if token is None else self._backend.token_to_id(token)
+
+    def _check_id(self, token_id: int) -> int:
+        try:
+            checked = index(token_id)
+        except TypeError:
+            checked = None
+        if checked is None or isinstance(token_id, bool):
+            raise InputError(
+                f"token id {token_id!r} is of type {type(token_id).__name__}; expected int; call .tolist() on an array"
+            )
+        if not 0 <= checked < self._id_count:
+            raise InputError(
+                f"token id {checked}; expected one in [0, {self._id_count}); "
+                "check that model and tokenizer belong together"
+            )
+        return checked
+
+    def _text_of(self, token_id: int, *, skip_special_tokens: bool) -> str | None:
+        """Give the stored form of a token, or None where `decode` would pass over it."""
+        checked = self._check_id(token_id)
+        return None if skip_special_tokens and checked in self._special_ids else self._backend.id_to_token(checked)
+
+
+class Detokenizer:
+    """Turns one stream of ids into text, piece by piece; joined, the pieces are `decode` of all the ids.
+
+    A piece comes as soon as no later id can change it: with byte-level BPE at the token that completes a character,
+    with byte fallback at the first token after a run of byte tokens. Decoders that look at the whole text (CTC, `</w>`
+    suffixes, space clean-up) give everything at `finish`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._stages = None if tokenizer._cleans_up_spaces else _build_stages(tokenizer._backend.decoder)
+        self._held: list[int] = []
+        self._is_finished = False
+
+    def add(self, token_id: int) -> str:
+        """Take the next id and return the text that is now certain, often "".
+
+        Raises:
+            InputError: The id is not an integer or out of range, or the stream is finished.
+        """
+        if self._is_finished:
+            raise InputError(f"token id {token_id} after finish(); expected none; start another detokenizer()")
+        token = self._tokenizer._text_of(token_id, skip_special_tokens=self._skip_special_tokens)
+        if token is None:
+            return ""
+        if self._stages is None:
+            self._held.append(token_id)
+            return ""
+        return self._run([token], self._stages)
+
+    def finish(self) -> str:
+        """End the stream and return the rest of the text; unfinished bytes become replacement characters."""
+        self._is_finished = True
+        if self._stages is None:
+            held, self._held = self._held, []
+            return self._tokenizer.decode(held)
+        rest = [self._run(stage.finish(), self._stages[i:]) for i, stage in enumerate(self._stages, start=1)]
+        self._stages = []
+        return "".join(rest)
+
+    @staticmethod
+    def _run(tokens: list[str], stages: Sequence[_Stage]) -> str:
+        for stage in stages:
+            tokens = [text for token in tokens for text in stage.add(token)]
+        return "".join(tokens)
+
+
+class _Stage(Protocol):
+    """One step of a decoder, run incrementally: takes one token, gives those that are now certain."""
+
+    def add(self, token: str) -> list[str]: ...
+
+    def finish(self) -> list[str]: ...
+
+
+class _Stateless:
+    """A step that holds nothing back."""
+
+    def finish(self) -> list[str]:
+        return []
+
+
+class _EachToken(_Stateless):
+    """A library decoder that treats each token on its own, perhaps the first one differently."""
+
+    # Any token that decodes to itself; what comes behind it is how the decoder treats a token that is not the first.
+    _BEFORE = "a"
+
+    def __init__(self, spec: Mapping[str, Any]) -> None:
+        self._decoder = decoders.Fuse()
+        self._decoder.__setstate__(json.dumps(spec).encode())  # how the library unpickles a decoder of any type
+        self._is_first = True
+
+    def add(self, token: str) -> list[str]:
+        if self._is_first:
+            self._is_first = False
+            return [self._decoder.decode([token])]
+        before = self._decoder.decode([self._BEFORE])
+        return [self._decoder.decode([self._BEFORE, token])[len(before) :]]
+
+
+class _SpaceBetween(_Stateless):
+    """No decoder at all: the library joins the tokens with spaces."""
+
+    def __init__(self) -> None:
+        self._separator = ""
+
+    def add(self, token: str) -> list[str]:
+        separator, self._separator = self._separator, " "
+        return [separator + token]
+
+
+def _read_byte_alphabet() -> dict[str, int]:
+    """Byte-level BPE writes each byte as one printable character; this maps those characters back."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _read_byte_alphabet()
+
+
+class _ByteLevel:
+    """Bytes spelled as characters; a sequence that cannot become UTF-8 is replaced as soon as that is certain."""
+
+    def __init__(self) -> None:
+        # Python and the library's Rust replace the same maximal subparts, one U+FFFD each (Unicode 15, section 3.9).
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, token: str) -> list[str]:
+        try:
+            data = bytes([_BYTE_OF[char] for char in token])
+        except KeyError:  # an added token, stored as plain text
+            data = token.encode()
+        return [self._utf8.decode(data)]
+
+    def finish(self) -> list[str]:
+        return [self._utf8.decode(b"", final=True)]
+
+
+class _ByteFallback:
+    """`<0xE2>` tokens: a whole run of them is UTF-8, or else every byte of the run is replaced.
+
+    Valid bytes are therefore held until the run ends; once a run is lost, its replacements come at once.
+    """
+
+    _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
+
+    def __init__(self) -> None:
+        self._start_run()
+
+    def _start_run(self) -> None:
+        self._utf8 = codecs.getincrementaldecoder("utf-8")()
+        self._valid: list[str] = []
+        self._byte_count = 0
+        self._is_lost = False
+
+    def add(self, token: str) -> list[str]:
+        byte = self._BYTE.fullmatch(token)
+        if byte is None:
+            return [*self.finish(), token]
+        self._byte_count += 1
+        if self._is_lost:
+            return ["\ufffd"]
+        try:
+            self._valid.append(self._utf8.decode(bytes.fromhex(byte[1])))
+        except UnicodeDecodeError:
+            self._is_lost = True
+            return ["\ufffd"] * self._byte_count
+        return []
+
+    def finish(self) -> list[str]:
+        valid, count, is_lost = self._valid, self._byte_count, self._is_lost
+        unfinished = bool(self._utf8.getstate()[0])
+        self._start_run()
+        if count == 0 or is_lost:
+            return []
+        return ["\ufffd"] * count if unfinished else ["".join(valid)]
+
+
+class _StripStart(_Stateless):
+    """Drops up to `count` of one character at the very start of the text (the space before the first word)."""
+
+    def __init__(self, char: str, count: int) -> None:
+        self._char = char
+        self._left = count
+
+    def add(self, token: str) -> list[str]:
+        while self._left and token.startswith(self._char):
+            token, self._left = token[1:], self._left - 1
+        if token:
+            self._left = 0
+        return [token]
+
+
+def _build_stages(decoder: decoders.Decoder | None) -> list[_Stage] | None:
+    """Build the incremental form of a decoder; None where it has none and the text must wait for the end."""
+    if decoder is None:
+        return [_SpaceBetween()]
+    stages: list[_Stage] = []
+    is_fused = False  # whether the steps so far made one text of all tokens
+    for spec in _flatten(json.loads(decoder.__getstate__())):
+        match spec:
+            case {"type": "Fuse"}:
+                is_fused = True
+            case {"type": "Strip", "content": str(char), "start": int(count), "stop": 0} if is_fused:
+                stages.append(_StripStart(char, count))
+            case {"type": "ByteLevel"} if not is_fused:
+                stages.append(_ByteLevel())
+                is_fused = True
+            case {"type": "ByteFallback"} if not is_fused:
+                stages.append(_ByteFallback())
+            case {"type": "Replace" | "Strip" | "Metaspace" | "WordPiece"} if not is_fused:
+                stages.append(_EachToken(spec))
+            case _:
+                return None
+    return stages
+
+
+def _flatten(spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    if spec["type"] != "Sequence":
+        return [spec]
+    return [step for part in spec["decoders"] for step in _flatten(part)]
+
+
+def _resolve_special_tokens(folder: Path, config: Mapping[str, Any], backend: tokenizers.Tokenizer) -> dict[str, str]:
+    """Find the special tokens by name, and add to `backend` the tokens the config files have and it lacks."""
+    settings = dict(config)
+    if not settings.get("extra_special_tokens") and "additional_special_tokens" in settings:
+        settings["extra_special_tokens"] = settings.pop("additional_special_tokens")
+    listed = settings.get("added_tokens_decoder")
+    if listed is None:
+        older = _read_json(folder / "special_tokens_map.json")
+        if "extra_special_tokens" not in settings:
+            settings["extra_special_tokens"] = older.pop("additional_special_tokens", None)
+        if isinstance(more := older.get("extra_special_tokens"), list):
+            older["extra_special_tokens"] = [*(settings.get("extra_special_tokens") or []), *more]
+        settings |= older
+    if backend.padding is not None:
+        settings.setdefault("pad_token", backend.padding["pad_token"])
+
+    extra = settings.get("extra_special_tokens") or []
+    if isinstance(extra, dict):  # the model's own names, such as image_token
+        settings, extra = {**settings, **extra}, []
+    named = {
+        key: _added_token(value)
+        for key, value in settings.items()
+        if (key in _NAMED or key.endswith("_token") or key in (config.get("extra_special_tokens") or ()))
+        and isinstance(value, str | dict)
+    }
+    names = {key: token.content for key, token in named.items()}
+    special = set(names.values())
+
+    if listed is not None:
+        stored = {int(i): _added_token(token) for i, token in listed.items()}
+    else:
+        known = special | {_added_token(token).content for token in extra}
+        older_tokens = _read_json(folder / "added_tokens.json")
+        stored = {
+            i: AddedToken(text, normalized=text not in known, special=text in known) for text, i in older_tokens.items()
+        } | backend.get_added_tokens_decoder()
+    # Known tokens are added again: that is how the library takes over the flags that the config gives them. New ones
+    # get the next free ids, in the order of the ids they claim.
+    tokens = [stored[i] for i in sorted(stored)]
+    have = {token.content for token in [*tokens, *backend.get_added_tokens_decoder().values()]}
+    tokens += [token for token in [*named.values(), *map(_added_token, extra)] if token.content not in have]
+    for token in tokens:
+        token.special = token.special or token.content in special
+    backend.add_tokens(tokens)
+    return names
+
+
+def _added_token(value: str | Mapping[str, Any]) -> AddedToken:
+    """Read a token as the files write it: its text, or an object with `content` and flags."""
+    if isinstance(value, str):
+        return AddedToken(value, special=True)
+    flags = {key: value[key] for key in ("single_word", "lstrip", "rstrip", "normalized", "special") if key in value}
+    return AddedToken(str(value["content"]), **flags)
+
+
+def _read_eos_token_ids(folder: Path, model_config: Mapping[str, Any]) -> list[int]:
+    """Read the ids that end generation: generation_config.json where it names any, else config.json.
+
+    transformers takes no ids at all where generation_config.json is there and names none; a model that never stops
+    helps nobody, so config.json is asked then too. A negative id means "none", as nothing equals it.
+    """
+    generation_config = _read_json(folder / "generation_config.json")
+    for name, source in (("generation_config.json", generation_config), ("config.json", model_config)):
+        value = source.get("eos_token_id")
+        if value is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            raise TokenizerError(
+                f"{folder / name}: eos_token_id is {value!r}; expected an int or a list of ints; repair the file"
+            )
+        return [i for i in ids if i >= 0]
+    return []
+
+
+def _cleans_up_spaces(config: Mapping[str, Any], backend: tokenizers.Tokenizer) -> bool:
+    forced = config.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False)
+    is_bpe = isinstance(backend.model, tokenizers.models.BPE)
+    return bool(config.get("clean_up_tokenization_spaces", False)) and bool(forced or not is_bpe)
+
+
+def _clean_up_spaces(text: str) -> str:
+    """Close the gaps that word-piece tokenizers leave before punctuation and English contractions, in this order."""
+    for tail in (".", "?", "!", ","):
+        text = text.replace(f" {tail}", tail)
+    text = text.replace(" ' ", "'")
+    for tail in ("n't", "'m", "'s", "'ve", "'re"):
+        text = text.replace(f" {tail}", tail)
+    return text
+
+
+def _tokenizer_files(folder: Path) -> set[Path]:
+    """List the tokenizer's files in a folder, relative to it."""
+    found = {Path(name) for name in _FILES if (folder / name).is_file()}
+    return found | {path.relative_to(folder) for path in (folder / TEMPLATE_FOLDER).glob("*.jinja")}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; empty where the file is missing."""
+    try:
+        value = json.loads(path.read_bytes()) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path} cannot be read ({error}); expected JSON; download it again") from error
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{path} holds a {type(value).__name__}; expected a JSON object; download it again")
+    return value
+
+
+def _each(ids: Iterable[int]) -> Iterable[int]:
+    if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
+        raise InputError(f"ids is of type {type(ids).__name__}; expected a list of ints; wrap a single id in a list")
+    return ids

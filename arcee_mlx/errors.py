@@ -1,0 +1,29 @@
+"""What can go wrong, by kind. Every message reads `<what> <got>; expected <want>; <what to do>`."""
+
+
+class ArceeError(Exception):
+    """The base of every error this package raises on purpose."""
+
+
+class ConfigError(ArceeError, ValueError):
+    """A config.json, or a value meant for one, that does not describe a model this package can run exactly."""
+
+
+class CheckpointError(ArceeError):
+    """A checkpoint folder whose files are missing, damaged, or not what config.json says."""
+
+
+class TokenizerError(ArceeError):
+    """A tokenizer or chat template that cannot be read or rendered."""
+
+
+class HubError(ArceeError):
+    """A Hugging Face Hub id that could not be turned into local files."""
+
+
+class InputError(ArceeError, ValueError):
+    """An argument of the caller's that is out of range or does not fit the model."""
+
+
+class ConversionError(ArceeError):
+    """A conversion that cannot start or did not finish; the message says what was kept."""

@@ -1,0 +1,356 @@
+"""ArceeConfig: what config.json says, checked, with both generations of JSON read as transformers 5 reads them.
+
+Source: transformers 5.23 `models/arcee/configuration_arcee.py`, `configuration_utils.py`, `modeling_rope_utils.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, ConfigError
+
+ACTIVATIONS = (
+    "gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh",
+    "gelu_pytorch_tanh", "leaky_relu", "linear", "mish", "quick_gelu", "relu", "relu2", "relu6", "sigmoid", "silu",
+    "swish", "tanh",
+)  # fmt: skip
+DTYPES = ("float32", "float16", "bfloat16")
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
+
+_REQUIRED_ROPE_KEYS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor", "original_max_position_embeddings"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
+}
+_NUMERIC_ROPE_KEYS = (
+    "rope_theta", "factor", "partial_rotary_factor", "attention_factor", "beta_fast", "beta_slow", "mscale",
+    "mscale_all_dim", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+)  # fmt: skip
+
+# Keys of other decoders that change what is computed. Here they may only be absent or have a value that changes
+# nothing: a model that was trained with one of them would be silently wrong without it.
+_NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
+    "attention_chunk_size": (None, 0),
+    "attention_multiplier": (None,),
+    "attn_logit_softcapping": (None, 0),
+    "clip_qkv": (None,),
+    "embedding_multiplier": (None, 1),
+    "final_logit_softcapping": (None, 0),
+    "is_causal": (None, True),
+    "logit_scale": (None, 1),
+    "logits_scaling": (None, 1),
+    "mup_width_multiplier": (None, 1),
+    "no_rope_layer_interval": (None, 0),
+    "no_rope_layers": (None, []),
+    "num_experts": (None, 0),
+    "num_local_experts": (None, 0),
+    "n_routed_experts": (None, 0),
+    "per_layer_config": (None, {}),
+    "pruned_heads": (None, {}),
+    "qk_norm": (None, False),
+    "query_pre_attn_scalar": (None,),
+    "residual_multiplier": (None, 1),
+    "rope_interleave": (None, False),
+    "rope_traditional": (None, False),
+    "tie_last_hidden_states": (None, True),
+    "use_parallel_residual": (None, False),
+    "use_qk_norm": (None, False),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArceeConfig:
+    """A dense Arcee decoder, field for field as transformers' ArceeConfig, with transformers' defaults.
+
+    Attributes:
+        rope_parameters: `rope_type`, `rope_theta` and the options of that type, completed on construction
+            (PyTorch's transformers 5 form; `from_dict` also reads `rope_scaling` and `rope_theta`).
+        dtype: dtype the checkpoint was saved for: "float32", "float16", "bfloat16", or None when it does not say.
+        id2label: class names of a classification head; None where the file has none (`num_labels` is then 2).
+        quantization: MLX's quantization table as mlx-lm writes it (`group_size`, `bits`, `mode`, entries per layer).
+
+    Raises:
+        ConfigError: a value is missing, has the wrong type, or describes a model transformers would refuse.
+    """
+
+    vocab_size: int = 32000
+    hidden_size: int = 2560
+    intermediate_size: int = 18432
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "relu2"
+    max_position_embeddings: int = 4096
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 128000
+    eos_token_id: int | list[int] | None = 128001
+    tie_word_embeddings: bool = False
+    rope_parameters: dict[str, Any] | None = None
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    mlp_bias: bool = False
+    dtype: str | None = None
+    architectures: list[str] | None = None
+    id2label: dict[int, str] | None = None
+    label2id: dict[str, int] | None = None
+    problem_type: str | None = None
+    output_hidden_states: bool = False
+    output_attentions: bool = False
+    quantization: dict[str, Any] | None = None
+    source: str = field(default="ArceeConfig", repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        self._check_types()
+        if self.num_key_value_heads is None:
+            put("num_key_value_heads", self.num_attention_heads)
+        if self.hidden_size % self.num_attention_heads:
+            self._refuse("hidden_size", self.hidden_size, f"a multiple of num_attention_heads {self.num_attention_heads}")
+        if self.head_dim is None:
+            put("head_dim", self.hidden_size // self.num_attention_heads)
+        if self.num_attention_heads % self.kv_heads:
+            self._refuse(
+                "num_attention_heads", self.num_attention_heads, f"a multiple of num_key_value_heads {self.kv_heads}"
+            )
+        if self.hidden_act not in ACTIVATIONS:
+            self._refuse("hidden_act", self.hidden_act, "one of " + ", ".join(ACTIVATIONS))
+        if self.dtype is not None and self.dtype not in DTYPES:
+            self._refuse("dtype", self.dtype, "one of " + ", ".join(DTYPES))
+        if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:
+            self._refuse("pad_token_id", self.pad_token_id, f"an id below vocab_size {self.vocab_size}")
+        if self.problem_type == "single_label_classification" and self.num_labels == 1:
+            self._refuse("problem_type", self.problem_type, "regression, or at least 2 labels in id2label")
+        put("rope_parameters", self._complete_rope(dict(self.rope_parameters or {})))
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key and value heads."""
+        assert self.num_key_value_heads is not None
+        return self.num_key_value_heads
+
+    @property
+    def head_size(self) -> int:
+        """Width of one head (`head_dim`, never None)."""
+        assert self.head_dim is not None
+        return self.head_dim
+
+    @property
+    def rope(self) -> dict[str, Any]:
+        """`rope_parameters`, never None."""
+        assert self.rope_parameters is not None
+        return self.rope_parameters
+
+    @property
+    def num_labels(self) -> int:
+        """Number of classes of a classification head: the length of id2label, 2 without one."""
+        return 2 if self.id2label is None else len(self.id2label)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, source: str = "config.json") -> ArceeConfig:
+        """Reads the JSON of transformers 4 (`rope_scaling`, `rope_theta`, `torch_dtype`) or 5 (`rope_parameters`, `dtype`).
+
+        Args:
+            values: the parsed JSON object.
+            source: what error messages call it, usually the file's path.
+
+        Raises:
+            ConfigError: as the class, and for a key of another decoder that would change the computation.
+        """
+        values = _decode_special_floats(dict(values))
+        if (model_type := values.get("model_type", "arcee")) != "arcee":
+            raise ConfigError(
+                f"{source}: model_type {model_type!r}; expected 'arcee'; this package runs Arcee's dense decoder only, "
+                f"try mlx-lm for other models"
+            )
+        _refuse_foreign_keys(values, source)
+        known = {f.name for f in fields(cls)} - {"source"}
+        kept = {key: value for key, value in values.items() if key in known}
+        for key in ("output_hidden_states", "output_attentions", "use_cache"):
+            kept[key] = bool(values[key]) if values.get(key) is not None else getattr(cls, key)
+        kept["dtype"] = _dtype_name(values.get("dtype") or values.get("torch_dtype"))
+        kept["rope_parameters"] = _merge_rope(values, source)
+        if values.get("id2label") is not None:
+            kept["id2label"] = {int(key): str(value) for key, value in values["id2label"].items()}
+        elif isinstance(labels := values.get("num_labels"), int):
+            kept["id2label"] = {i: f"LABEL_{i}" for i in range(labels)}
+        return cls(**kept, source=source)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of config.json in transformers 5's form; `ArceeConfig.from_dict` reads it back unchanged."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "source"}
+        for key in ("architectures", "id2label", "label2id", "problem_type", "dtype", "quantization"):
+            if values[key] is None:
+                del values[key]
+        for key in ("output_hidden_states", "output_attentions"):
+            if not values[key]:
+                del values[key]
+        return _encode_special_floats({"model_type": "arcee", **values})
+
+    def _check_types(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings"):
+            self._check_int(name, least=1)
+        self._check_int("num_hidden_layers", least=0)
+        for name in ("num_key_value_heads", "head_dim"):
+            if getattr(self, name) is not None:
+                self._check_int(name, least=1)
+        for name in ("pad_token_id", "bos_token_id"):
+            if getattr(self, name) is not None:
+                self._check_int(name, least=-self.vocab_size)
+        eos = self.eos_token_id
+        if eos is not None and not all(_is_int(i) for i in (eos if isinstance(eos, list) else [eos])):
+            self._refuse("eos_token_id", eos, "an integer or a list of integers")
+        for name in ("initializer_range", "rms_norm_eps", "attention_dropout"):
+            if not _is_number(getattr(self, name)):
+                self._refuse(name, getattr(self, name), "a number")
+        for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+            if not isinstance(getattr(self, name), bool):
+                self._refuse(name, getattr(self, name), "true or false")
+        if not isinstance(self.rope_parameters, Mapping | None):
+            self._refuse("rope_parameters", self.rope_parameters, "an object")
+
+    def _check_int(self, name: str, *, least: int) -> None:
+        if not _is_int(value := getattr(self, name)) or value < least:
+            self._refuse(name, value, f"an integer of at least {least}")
+
+    def _complete_rope(self, rope: dict[str, Any]) -> dict[str, Any]:
+        """Fills in what transformers fills in and checks what a rope type needs (PARITY of modeling_rope_utils)."""
+        if "rope_type" not in rope:
+            rope["rope_type"] = rope.get("type", "default")
+        rope.setdefault("rope_theta", 10000.0)
+        kind = rope["rope_type"]
+        if kind not in ROPE_TYPES:
+            self._refuse("rope_parameters.rope_type", kind, "one of " + ", ".join(ROPE_TYPES))
+        if kind in ("yarn", "longrope", "llama3"):
+            rope.setdefault("original_max_position_embeddings", self.max_position_embeddings)
+        for key in _REQUIRED_ROPE_KEYS.get(kind, ()):
+            if key not in rope:
+                self._refuse(f"rope_parameters.{key}", "nothing", f"a value, which rope type {kind!r} needs")
+        may_be_null = {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
+        may_be_null |= {"factor"} if kind in ("yarn", "longrope", "default") else set()
+        for key in _NUMERIC_ROPE_KEYS:
+            value = rope.get(key)
+            if key in rope and not _is_number(value) and not (value is None and key in may_be_null):
+                self._refuse(f"rope_parameters.{key}", value, "a number")
+        for key in ("short_factor", "long_factor") if kind == "longrope" else ():
+            if not isinstance(rope[key], list) or not all(_is_number(x) for x in rope[key]):
+                self._refuse(f"rope_parameters.{key}", rope[key], "a list of numbers")
+        if self.head_size % 2:
+            self._refuse("head_dim", self.head_size, "an even number, which rotary embeddings need")
+        if kind == "dynamic" and int(self.head_size * rope.get("partial_rotary_factor", 1.0)) <= 2:
+            self._refuse("head_dim", self.head_size, "more than 2 rotated dimensions for rope type 'dynamic'")
+        return rope
+
+    def _refuse(self, name: str, got: Any, want: str) -> None:
+        raise ConfigError(f"{self.source}: {name} is {got!r}; expected {want}; correct it in the config")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object from a file of a checkpoint.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable, not JSON, or not an object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path}: no such file; expected a checkpoint folder with {path.name}; check the path, or download it again"
+        ) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); expected JSON; download the file again") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: holds a {type(values).__name__}; expected a JSON object; download it again")
+    return values
+
+
+def read_config(folder: Path) -> ArceeConfig:
+    """Reads `config.json` of a checkpoint folder.
+
+    Raises:
+        CheckpointError: the file is missing or not JSON.
+        ConfigError: it does not describe an Arcee model this package runs exactly.
+    """
+    path = Path(folder) / "config.json"
+    return ArceeConfig.from_dict(read_json(path), source=str(path))
+
+
+def _merge_rope(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise ConfigError(f"{source}: rope_parameters is {rope!r}; expected an object; correct it in the config")
+    rope = dict(rope)
+    rope.setdefault("rope_theta", values.get("rope_theta", 10000.0))
+    if values.get("partial_rotary_factor") is not None:
+        rope.setdefault("partial_rotary_factor", values["partial_rotary_factor"])
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind in ("yarn", "longrope", "llama3") and "original_max_position_embeddings" in values:
+        rope["original_max_position_embeddings"] = values["original_max_position_embeddings"]
+    return rope
+
+
+def _refuse_foreign_keys(values: Mapping[str, Any], source: str) -> None:
+    for key, neutral in _NEUTRAL_VALUES.items():
+        if key in values and values[key] not in neutral:
+            raise ConfigError(
+                f"{source}: {key} is {values[key]!r}; expected it absent or {neutral[-1]!r}: Arcee's decoder has no such "
+                f"step and would compute something else; remove the key if the model was trained without it"
+            )
+    window, length = values.get("sliding_window"), values.get("max_position_embeddings", 4096)
+    if window is not None and not (_is_int(window) and window >= length):
+        raise ConfigError(
+            f"{source}: sliding_window is {window!r}; expected null: Arcee's attention is full; remove the key if the "
+            f"model was trained without a window"
+        )
+    if any(kind != "full_attention" for kind in values.get("layer_types") or ()):
+        raise ConfigError(f"{source}: layer_types has other kinds than 'full_attention'; expected full attention only")
+    foreign = values.get("quantization_config")
+    if foreign is not None and (method := foreign.get("quant_method")) is not None and "quantization" not in values:
+        raise ConfigError(
+            f"{source}: quantization_config has quant_method {method!r}; expected float weights or MLX quantization; "
+            f"convert the original float checkpoint instead"
+        )
+
+
+def _dtype_name(value: Any) -> str | None:
+    return None if value is None else str(value).removeprefix("torch.")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+_SPECIAL_FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+
+
+def _decode_special_floats(value: Any) -> Any:
+    """Reads transformers 5's `{"__float__": "Infinity"}` objects back as floats."""
+    if isinstance(value, dict):
+        if set(value) == {"__float__"} and value["__float__"] in _SPECIAL_FLOATS:
+            return _SPECIAL_FLOATS[value["__float__"]]
+        return {key: _decode_special_floats(item) for key, item in value.items()}
+    return [_decode_special_floats(item) for item in value] if isinstance(value, list) else value
+
+
+def _encode_special_floats(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"__float__": "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
+    if isinstance(value, dict):
+        return {key: _encode_special_floats(item) for key, item in value.items()}
+    return [_encode_special_floats(item) for item in value] if isinstance(value, list) else value

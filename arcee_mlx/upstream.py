@@ -1,0 +1,41 @@
+"""The one door to mlx_lm: imported on first use, with what its import would change in the process held off.
+
+Importing mlx_lm takes over a second, loads transformers, sets an environment variable and lowers the process's HARD
+limit of open files, which a normal user cannot raise again.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import resource
+import threading
+from types import ModuleType
+from typing import Any
+
+_lock = threading.Lock()
+
+
+def mlx_lm_module(name: str) -> ModuleType:
+    """Imports `mlx_lm.<name>`, e.g. "models.cache", leaving limits and environment as they were.
+
+    Thread-safe. Only the importing thread's calls of `resource.setrlimit` are held off, and only during the import.
+    """
+    with _lock:
+        importer, setrlimit = threading.get_ident(), resource.setrlimit
+        variable = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+        before = os.environ.get(variable)
+
+        def hold_off(which: int, limits: Any) -> None:
+            if threading.get_ident() != importer:
+                setrlimit(which, limits)
+
+        resource.setrlimit = hold_off  # type: ignore[assignment]
+        try:
+            return importlib.import_module(f"mlx_lm.{name}")
+        finally:
+            resource.setrlimit = setrlimit
+            if before is None:
+                os.environ.pop(variable, None)
+            else:
+                os.environ[variable] = before
