@@ -561,7 +561,7 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--minutes", type=float, help="training time, all runs together")
     length.add_argument("--steps", type=int, help="optimizer steps, all runs together")
-    parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens a step (default: 4096)")
+    parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens a step (default: 2048)")
     parser.add_argument("--context-tokens", type=int, default=256, help="tokens a sequence, doubled in the last tenth")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)

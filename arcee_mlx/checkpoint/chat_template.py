@@ -151,9 +151,10 @@ def _choose(templates: Mapping[str, str], wanted: str | None, *, has_tools: bool
 
 
 def _read_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    chat: list[dict[str, Any]] = _read_mappings("messages", messages)
+    chat: list[dict[str, Any]] | None = _read_mappings("messages", messages)
     if not chat:
-        raise InputError("messages is empty; expected at least one message; pass the conversation so far")
+        got = "None" if chat is None else "empty"
+        raise InputError(f"messages is {got}; expected at least one message; pass the conversation so far")
     for index, message in enumerate(chat):
         if not isinstance(role := message.get("role"), str):
             raise InputError(f"messages[{index}]['role'] is {_short(role)}; expected a str such as 'user'")
@@ -302,6 +303,10 @@ def _environment() -> Environment:
         def _body(self, caller: Any) -> Any:
             return caller()
 
+    def check_name(key: object) -> None:
+        if isinstance(key, str) and key.startswith("_"):
+            raise SecurityError(f"namespace attribute {key!r}; expected a name without a leading underscore")
+
     class GuardedNamespace(Namespace):
         """`namespace(...)` without underscore names, which would be a way to Python's internals."""
 
@@ -309,17 +314,12 @@ def _environment() -> Environment:
             self, *rest = args
             attributes = dict(*rest, **kwargs)
             for key in attributes:
-                GuardedNamespace._check(key)
+                check_name(key)
             Namespace.__init__(self, attributes)
 
         def __setitem__(self, key: str, value: Any) -> None:
-            self._check(key)
+            check_name(key)
             super().__setitem__(key, value)
-
-        @staticmethod
-        def _check(key: object) -> None:
-            if isinstance(key, str) and key.startswith("_"):
-                raise SecurityError(f"namespace attribute {key!r}; expected a name without a leading underscore")
 
     class PlainDict:
         """`dict(...)` and `dict.fromkeys` without the class itself, whose attributes lead out of the sandbox."""

@@ -185,6 +185,7 @@ def _download(wanted: _Wanted, *, show_progress: bool) -> Path:
                 wanted.repo_id,
                 revision=wanted.revision,
                 allow_patterns=[*wanted.files, *_DOCUMENTS],
+                ignore_patterns=list(_NEVER),
                 tqdm_class=None if show_progress and _stderr_is_terminal() else _silent_bar(),
             )
         )

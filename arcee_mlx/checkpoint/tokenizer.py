@@ -3,9 +3,9 @@
 Streaming: the pieces a `Detokenizer` gives, joined, are exactly `Tokenizer.decode` of the same ids, for every sequence
 of ids. tokenizers has `DecodeStream` for this, but it decodes a window and trusts that its text only grows. With byte
 fallback it does not: one bad byte turns the whole run of byte tokens before it into replacement characters, after
-`DecodeStream` has given them out as text; then it raises. It also has no end (unfinished bytes stay inside), and a run of
-undecodable bytes costs it quadratic time. So each step of the checkpoint's decoder is run incrementally here, with what
-it still has to know kept as its state: constant work a token, and nothing held longer than the decoder requires.
+`DecodeStream` has given them out as text; then it raises. It also has no end (unfinished bytes stay inside), and a run
+of undecodable bytes costs it quadratic time. So each step of the checkpoint's decoder is run incrementally here, with
+what it still has to know kept as its state: constant work a token, and nothing held longer than the decoder requires.
 
 Source: transformers 5.23, tokenization_utils_tokenizers.py and tokenization_utils_base.py (behaviour, not code).
 """
@@ -62,9 +62,10 @@ def read_tokenizer(folder: Path) -> Tokenizer:
             f"{path} cannot be read ({error}); expected a file of the tokenizers library; download it again"
         ) from error
     config = _read_json(folder / "tokenizer_config.json")
+    special_ids = _special_ids(backend)  # a config can clear the flag of one of these, but decode goes on skipping it
     try:
         special_tokens = _resolve_special_tokens(folder, config, backend)
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise TokenizerError(
             f"{folder}: the special tokens cannot be read ({error}); expected each token as text or as an object with "
             "`content`; repair tokenizer_config.json or special_tokens_map.json, or download them again"
@@ -77,6 +78,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         backend,
         folder=folder,
         special_tokens=special_tokens,
+        special_ids=special_ids | _special_ids(backend),
         chat_templates=read_chat_templates(folder, config),
         eos_token_ids=_read_eos_token_ids(folder, model_config),
         cleans_up_spaces=_cleans_up_spaces(config, backend),
@@ -106,6 +108,7 @@ class Tokenizer:
         *,
         folder: Path,
         special_tokens: Mapping[str, str],
+        special_ids: frozenset[int],
         chat_templates: Mapping[str, str],
         eos_token_ids: Iterable[int],
         cleans_up_spaces: bool = False,
@@ -115,7 +118,7 @@ class Tokenizer:
         self._folder = folder
         self._chat_templates = dict(chat_templates)
         self._cleans_up_spaces = cleans_up_spaces
-        self._special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
+        self._special_ids = special_ids
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         # Embedding tables are padded to round sizes; a model may emit an id beyond the tokenizer's, which has no text.
         self._id_count = max(self.vocab_size, model_vocab_size)
@@ -530,6 +533,10 @@ def _resolve_special_tokens(folder: Path, config: Mapping[str, Any], backend: to
         token.special = token.special or token.content in special
     backend.add_tokens(tokens)
     return names
+
+
+def _special_ids(backend: tokenizers.Tokenizer) -> frozenset[int]:
+    return frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
 
 
 def _added_token(value: str | Mapping[str, Any]) -> AddedToken:

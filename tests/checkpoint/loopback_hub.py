@@ -22,6 +22,7 @@ class Repo:
         gated: The listing is public and the files are refused, as the hub does to accounts that are not let in.
         token: What a request must present; None lets everyone in.
         status: An HTTP status that every request gets instead of an answer.
+        file_status: One that requests for files get, after a listing that is answered.
         cut: Names of files whose next download ends halfway, once each.
     """
 
@@ -30,6 +31,7 @@ class Repo:
     gated: bool = False
     token: str | None = None
     status: int | None = None
+    file_status: int | None = None
     cut: set[str] = field(default_factory=set)
 
 
@@ -140,6 +142,8 @@ class _Handler(BaseHTTPRequestHandler):
                     for name, data in files.items()
                 ]
             )
+        if repo.file_status is not None:
+            return self._send(repo.file_status)
         if repo.gated:
             return self._send(403, headers={"X-Error-Code": "GatedRepo"})
         if file not in files:

@@ -405,6 +405,13 @@ def test_status_of_the_hub_is_told_with_what_to_do(hub: LoopbackHub, status: int
     assert error.value.__cause__ is not None
 
 
+def test_hub_that_fails_after_the_listing_is_told(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # huggingface_hub waits before it tries again
+    hub.add("org/model", MODEL).file_status = 503
+    with pytest.raises(HubError, match="could not be downloaded: .*in trouble .503.*try again later"):
+        resolve_folder("org/model")
+
+
 def test_login_page_between_is_told(hub: LoopbackHub) -> None:
     hub.is_login_page = True
     with pytest.raises(HubError, match="expected the answers of a hub.*login page.*HF_ENDPOINT"):
@@ -541,6 +548,14 @@ def test_incomplete_copy_is_never_passed_on(
         forget_listing(monkeypatch, folder)
     hub.close()
     with pytest.raises(HubError, match=f"could not be reached.*cached copy of 'org/model' lacks {lost}; .*kept"):
+        resolve_folder("org/model")
+
+
+def test_small_file_that_only_the_listing_knows_is_missed(hub: LoopbackHub) -> None:
+    hub.add("org/model", MODEL)
+    os.remove(os.path.realpath(resolve_folder("org/model") / "tokenizer_config.json"))
+    hub.close()
+    with pytest.raises(HubError, match="cached copy of 'org/model' lacks tokenizer_config.json; "):
         resolve_folder("org/model")
 
 
