@@ -1,7 +1,40 @@
 """arcee_mlx: Arcee's dense decoder (AFM-4.5B and its fine-tunes) on Apple Silicon through MLX."""
 
 from .checkpoint.loading import load, load_model, save_checkpoint
+from .checkpoint.tokenizer import Tokenizer
+from .errors import (
+    ArceeError,
+    CheckpointError,
+    ConfigError,
+    ConversionError,
+    HubError,
+    InputError,
+    TokenizerError,
+)
+from .generate import GenerateOptions, GenerationChunk, GenerationStats, generate, stream_generate
 from .model.config import ArceeConfig
-from .model.decoder import ArceeForCausalLM, ArceeModel
+from .model.decoder import ArceeForCausalLM, ArceeModel, BaseModelOutput, CausalLMOutput
 
-__all__ = ["ArceeConfig", "ArceeForCausalLM", "ArceeModel", "load", "load_model", "save_checkpoint"]
+__all__ = [
+    "ArceeConfig",
+    "ArceeError",
+    "ArceeForCausalLM",
+    "ArceeModel",
+    "BaseModelOutput",
+    "CausalLMOutput",
+    "CheckpointError",
+    "ConfigError",
+    "ConversionError",
+    "GenerateOptions",
+    "GenerationChunk",
+    "GenerationStats",
+    "HubError",
+    "InputError",
+    "Tokenizer",
+    "TokenizerError",
+    "generate",
+    "load",
+    "load_model",
+    "save_checkpoint",
+    "stream_generate",
+]

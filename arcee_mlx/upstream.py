@@ -30,7 +30,7 @@ def mlx_lm_module(name: str) -> ModuleType:
             if threading.get_ident() != importer:
                 setrlimit(which, limits)
 
-        resource.setrlimit = hold_off  # type: ignore[assignment]
+        resource.setrlimit = hold_off
         try:
             return importlib.import_module(f"mlx_lm.{name}")
         finally:

@@ -21,7 +21,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arcee_mlx.errors import InputError, TokenizerError
+from ..errors import InputError, TokenizerError
 
 if TYPE_CHECKING:
     from jinja2 import Environment, Template
@@ -166,9 +166,8 @@ def _read_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
         for key in [key for key, value in message.items() if value is None]:
             del message[key]
         reasoning = next((message[key] for key in _REASONING_KEYS if key in message), None)
-        if reasoning is not None:
-            message.setdefault("thinking", reasoning)
-            message["reasoning_content"] = reasoning
+        if reasoning is not None:  # the order of keys shows in templates that print messages as JSON
+            chat[index] = {"thinking": reasoning, **message, "reasoning_content": reasoning}
     return chat
 
 
@@ -240,16 +239,18 @@ def _mark_final_message(name: str, text: str, chat: list[dict[str, Any]], field:
 
 def _cut_at_mark(name: str, final: str, rendered: str) -> str:
     mark = _CONTINUE_MARK.strip()
-    if final.strip() not in rendered or mark not in rendered:
+    at = rendered.rfind(mark)
+    kept = rendered[: max(at, 0)]
+    if not rendered.startswith(_CONTINUE_MARK, at):
+        kept = kept.rstrip()  # the template trims messages, and would have trimmed this one but for the mark
+    kept = kept.replace(_CONTINUE_MARK, "").replace(mark, "")
+    # A mark in other letters is a template that changes what it is given, e.g. with `| title`.
+    if at < 0 or final.strip() not in rendered or mark.casefold() in kept.casefold():
         raise TokenizerError(
             f"chat template {name!r} leaves out or changes the last message ({_short(final)}); expected it whole in "
             "the prompt, to continue it; use add_generation_prompt, or another template"
         )
-    at = rendered.rindex(mark)
-    kept = rendered[:at]
-    if not rendered.startswith(_CONTINUE_MARK, at):
-        kept = kept.rstrip()  # the template trims messages, and would have trimmed this one but for the mark
-    return kept.replace(_CONTINUE_MARK, "").replace(mark, "")
+    return kept
 
 
 def _render(name: str, text: str, variables: Mapping[str, Any]) -> str:

@@ -104,11 +104,15 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     entries: dict[str, TensorEntry] = {}
     for tensor, name in weight_map.items():
         if tensor not in headers[name]:
-            raise CheckpointError(f"{folder / name}: has no tensor {tensor!r}, which {INDEX_FILE} says it has; download it again")
+            raise CheckpointError(
+                f"{folder / name}: has no tensor {tensor!r}, which {INDEX_FILE} says it has; download it again"
+            )
         entries[tensor] = headers[name][tensor]
     for name, header in headers.items():
         if extra := sorted(tensor for tensor in header if weight_map.get(tensor) != name):
-            raise CheckpointError(f"{folder / name}: holds {extra[0]!r}, which {INDEX_FILE} does not list; download both again")
+            raise CheckpointError(
+                f"{folder / name}: holds {extra[0]!r}, which {INDEX_FILE} does not list; download both again"
+            )
     return Checkpoint(folder, entries)
 
 
@@ -140,7 +144,9 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     expected = data_start
     for entry in sorted(entries, key=lambda entry: (entry.start, entry.end)):
         if entry.start != expected:
-            raise CheckpointError(f"{path}: tensor {entry.name!r} starts at byte {entry.start}; expected {expected}; download it again")
+            raise CheckpointError(
+                f"{path}: tensor {entry.name!r} starts at byte {entry.start}; expected {expected}; download it again"
+            )
         expected = entry.end
     if expected != size:
         raise CheckpointError(f"{path}: is {size} bytes; expected {expected} by its header; download it again")
@@ -159,7 +165,7 @@ def read_rows(entry: TensorEntry, start: int, stop: int) -> mx.array:
     dtype, storage = DTYPES[entry.dtype]
     row_bytes = entry.nbytes // entry.shape[0] if entry.shape[0] else 0
     buffer = np.empty((stop - start) * row_bytes, np.uint8)
-    view, offset = memoryview(buffer), entry.start + start * row_bytes
+    view, offset = buffer.data, entry.start + start * row_bytes
     try:
         with open(entry.file, "rb", buffering=0) as file:
             file.seek(offset)
@@ -182,7 +188,9 @@ def same_content(a: TensorEntry, b: TensorEntry) -> bool:
     unsigned = {4: mx.uint32, 2: mx.uint16, 1: mx.uint8}[DTYPES[a.dtype][0].size]  # bits, so that NaN equals itself
     for start in range(0, a.shape[0], step):
         stop = min(start + step, a.shape[0])
-        if not mx.array_equal(read_rows(a, start, stop).view(unsigned), read_rows(b, start, stop).view(unsigned)).item():
+        if not mx.array_equal(
+            read_rows(a, start, stop).view(unsigned), read_rows(b, start, stop).view(unsigned)
+        ).item():
             return False
     return True
 
@@ -214,7 +222,7 @@ class TensorWriter:
 
     def write(self, name: str, values: mx.array) -> None:
         """Appends rows to a tensor: successive calls fill it from the front."""
-        data = memoryview(np.ascontiguousarray(_as_numpy(values))).cast("B")
+        data = np.ascontiguousarray(_as_numpy(values)).data.cast("B")
         position = self._starts[name] + self._written[name]
         while data:
             count = os.pwrite(self._file.fileno(), data, position)
@@ -338,7 +346,9 @@ def _read_entry(path: Path, name: str, value: Any, data_start: int) -> TensorEnt
     if dtype not in DTYPES:
         raise CheckpointError(f"{path}: {name!r} has dtype {dtype}; expected one of {', '.join(DTYPES)}")
     if end - start != math.prod(shape) * DTYPES[dtype][0].size:
-        raise CheckpointError(f"{path}: {name!r} has {end - start} bytes; its shape {shape} and {dtype} need another number")
+        raise CheckpointError(
+            f"{path}: {name!r} has {end - start} bytes; its shape {shape} and {dtype} need another number"
+        )
     return TensorEntry(name, dtype, shape, path, data_start + start, data_start + end)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from arcee_mlx.errors import CheckpointError, HubError, InputError
+from ..errors import CheckpointError, HubError, InputError
 
 _INDEX = "model.safetensors.index.json"
 _MODEL_FILES = (

@@ -74,7 +74,8 @@ def load_model(
     tied = None
     if chosen is ArceeForCausalLM:
         tied = _tie(names, checkpoint, config)
-    high, low = mx.random.state[0].tolist()  # making layers draws from the global generator: put it back after
+    state: Any = mx.random.state
+    high, low = state[0].tolist()  # making layers draws from the global generator: put it back after
     model = ArceeModel(config) if chosen is ArceeModel else ArceeForCausalLM(config, tied=tied)
     mx.random.seed(high << 32 | low)
     _quantize_layers(model, names, config)
@@ -187,7 +188,7 @@ def _quantize_layers(model: Model, names: Mapping[str, str], config: ArceeConfig
                 f"{config.source}: quantization group_size {chosen['group_size']} does not divide the "
                 f"{module.weight.shape[-1]} inputs of {path!r}"
             )
-        return chosen
+        return dict(chosen)
 
     nn.quantize(model, class_predicate=parameters)
 
@@ -195,7 +196,11 @@ def _quantize_layers(model: Model, names: Mapping[str, str], config: ArceeConfig
 def _check_tensors(model: Model, names: Mapping[str, str], checkpoint: Checkpoint) -> None:
     expected: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     if missing := sorted(expected.keys() - names.keys()):
-        advice = "the head cannot be made up; the file is incomplete" if missing[0].startswith("lm_head") else "download it again"
+        advice = (
+            "the head cannot be made up; the file is incomplete"
+            if missing[0].startswith("lm_head")
+            else "download it again"
+        )
         raise CheckpointError(
             f"{checkpoint.folder}: has no tensor {missing[0]!r}{_and_more(missing)}; expected shape "
             f"{expected[missing[0]].shape}; {advice}"
@@ -252,9 +257,10 @@ def _cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
 
 def _quantization_table(model: nn.Module) -> dict[str, Any]:
     """MLX's quantization table: the commonest parameters as default, layers that differ by name."""
+    modules: list[tuple[str, Any]] = model.named_modules()
     layers = {
         path: {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
-        for path, module in tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
+        for path, module in sorted(modules)
         if hasattr(module, "bits")
     }
     if not layers:

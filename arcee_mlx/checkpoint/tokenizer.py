@@ -1,34 +1,33 @@
 """Text to token ids and back: a checkpoint's tokenizer files, resolved as transformers 5.23 resolves them, no MLX.
 
-Streaming: the pieces a `Detokenizer` gives, joined, are exactly `Tokenizer.decode` of the same ids, for every sequence
-of ids. tokenizers has `DecodeStream` for this, but it decodes a window and trusts that its text only grows. With byte
-fallback it does not: one bad byte turns the whole run of byte tokens before it into replacement characters, after
-`DecodeStream` has given them out as text; then it raises. It also has no end (unfinished bytes stay inside), and a run
-of undecodable bytes costs it quadratic time. So each step of the checkpoint's decoder is run incrementally here, with
-what it still has to know kept as its state: constant work a token, and nothing held longer than the decoder requires.
-
 Source: transformers 5.23, tokenization_utils_tokenizers.py and tokenization_utils_base.py (behaviour, not code).
 """
 
 from __future__ import annotations
 
-import codecs
 import json
-import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from operator import index
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders
+from tokenizers import AddedToken
 
-from arcee_mlx.checkpoint.chat_template import TEMPLATE_FILE, TEMPLATE_FOLDER, read_chat_templates, render_chat
-from arcee_mlx.errors import InputError, TokenizerError
+from ..errors import InputError, TokenizerError
+from .chat_template import TEMPLATE_FILE, TEMPLATE_FOLDER, read_chat_templates, render_chat
+from .detokenizer import Detokenizer
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", TEMPLATE_FILE)
+_FILES = (
+    "tokenizer.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    TEMPLATE_FILE,
+)
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
@@ -74,13 +73,15 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     backend.no_truncation()
     backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
     model_config = _read_json(folder / "config.json")
+    generation_config = _read_json(folder / "generation_config.json")
     return Tokenizer(
         backend,
         folder=folder,
         special_tokens=special_tokens,
         special_ids=special_ids | _special_ids(backend),
         chat_templates=read_chat_templates(folder, config),
-        eos_token_ids=_read_eos_token_ids(folder, model_config),
+        generation_config=generation_config,
+        eos_token_ids=_read_eos_token_ids(folder, generation_config, model_config),
         cleans_up_spaces=_cleans_up_spaces(config, backend),
         model_vocab_size=size if isinstance(size := model_config.get("vocab_size"), int) else 0,
     )
@@ -98,6 +99,7 @@ class Tokenizer:
             config.json, and always the tokenizer's own `eos_token`. transformers stops at the first of these that
             exists; chat checkpoints that end a turn with another token than they end a document with often name it in
             one place only, and a model that runs past its turn talks to itself. mlx-lm adds it for the same reason.
+        generation_config: The checkpoint's generation_config.json, where its defaults for sampling are; {} without.
         chat_template: The text of the default chat template, or None.
         has_chat_template: Whether there is any chat template, default or not.
     """
@@ -111,6 +113,7 @@ class Tokenizer:
         special_ids: frozenset[int],
         chat_templates: Mapping[str, str],
         eos_token_ids: Iterable[int],
+        generation_config: Mapping[str, Any] | None = None,
         cleans_up_spaces: bool = False,
         model_vocab_size: int = 0,
     ) -> None:
@@ -130,6 +133,7 @@ class Tokenizer:
         self.bos_token_id = self._id_of(self.bos_token)
         self.eos_token_id = self._id_of(self.eos_token)
         self.pad_token_id = self._id_of(self.pad_token)
+        self.generation_config: dict[str, Any] = dict(generation_config or {})
         own = () if self.eos_token_id is None else (self.eos_token_id,)
         self.eos_token_ids: frozenset[int] = frozenset(eos_token_ids).union(own)
         self.has_chat_template = bool(self._chat_templates)
@@ -175,7 +179,12 @@ class Tokenizer:
 
     def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
         """Start turning one stream of ids into text; joined, its pieces are `decode` of all the ids."""
-        return Detokenizer(self, skip_special_tokens=skip_special_tokens)
+        return Detokenizer(
+            self._backend.decoder,
+            text_of=lambda token_id: self._text_of(token_id, skip_special_tokens=skip_special_tokens),
+            decode=self.decode,
+            waits=self._cleans_up_spaces,
+        )
 
     def apply_chat_template(
         self,
@@ -233,7 +242,7 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Copy the tokenizer's files, byte for byte, from the folder it was read from.
 
-        generation_config.json and config.json belong to the model and are not copied.
+        generation_config.json goes along, since it says where an answer ends; config.json is the model's.
 
         Raises:
             TokenizerError: A file cannot be copied, or `folder` holds a tokenizer file this tokenizer does not have,
@@ -282,212 +291,6 @@ class Tokenizer:
         return None if skip_special_tokens and checked in self._special_ids else self._backend.id_to_token(checked)
 
 
-class Detokenizer:
-    """Turns one stream of ids into text, piece by piece; joined, the pieces are `decode` of all the ids.
-
-    A piece comes as soon as no later id can change it: with byte-level BPE at the token that completes a character,
-    with byte fallback at the first token after a run of byte tokens. Decoders that look at the whole text (CTC, `</w>`
-    suffixes, space clean-up) give everything at `finish`.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
-        self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
-        self._stages = None if tokenizer._cleans_up_spaces else _build_stages(tokenizer._backend.decoder)
-        self._held: list[int] = []
-        self._is_finished = False
-
-    def add(self, token_id: int) -> str:
-        """Take the next id and return the text that is now certain, often "".
-
-        Raises:
-            InputError: The id is not an integer or out of range, or the stream is finished.
-        """
-        if self._is_finished:
-            raise InputError(f"token id {token_id} after finish(); expected none; start another detokenizer()")
-        token = self._tokenizer._text_of(token_id, skip_special_tokens=self._skip_special_tokens)
-        if token is None:
-            return ""
-        if self._stages is None:
-            self._held.append(token_id)
-            return ""
-        return self._run([token], self._stages)
-
-    def finish(self) -> str:
-        """End the stream and return the rest of the text; unfinished bytes become replacement characters."""
-        self._is_finished = True
-        if self._stages is None:
-            held, self._held = self._held, []
-            return self._tokenizer.decode(held)
-        rest = [self._run(stage.finish(), self._stages[i:]) for i, stage in enumerate(self._stages, start=1)]
-        self._stages = []
-        return "".join(rest)
-
-    @staticmethod
-    def _run(tokens: list[str], stages: Sequence[_Stage]) -> str:
-        for stage in stages:
-            tokens = [text for token in tokens for text in stage.add(token)]
-        return "".join(tokens)
-
-
-class _Stage(Protocol):
-    """One step of a decoder, run incrementally: takes one token, gives those that are now certain."""
-
-    def add(self, token: str) -> list[str]: ...
-
-    def finish(self) -> list[str]: ...
-
-
-class _Stateless:
-    """A step that holds nothing back."""
-
-    def finish(self) -> list[str]:
-        return []
-
-
-class _EachToken(_Stateless):
-    """A library decoder that treats each token on its own, perhaps the first one differently."""
-
-    # Any token that decodes to itself; what comes behind it is how the decoder treats a token that is not the first.
-    _BEFORE = "a"
-
-    def __init__(self, spec: Mapping[str, Any]) -> None:
-        self._decoder = decoders.Fuse()
-        self._decoder.__setstate__(json.dumps(spec).encode())  # how the library unpickles a decoder of any type
-        self._is_first = True
-
-    def add(self, token: str) -> list[str]:
-        if self._is_first:
-            self._is_first = False
-            return [self._decoder.decode([token])]
-        before = self._decoder.decode([self._BEFORE])
-        return [self._decoder.decode([self._BEFORE, token])[len(before) :]]
-
-
-class _SpaceBetween(_Stateless):
-    """No decoder at all: the library joins the tokens with spaces."""
-
-    def __init__(self) -> None:
-        self._separator = ""
-
-    def add(self, token: str) -> list[str]:
-        separator, self._separator = self._separator, " "
-        return [separator + token]
-
-
-def _read_byte_alphabet() -> dict[str, int]:
-    """Byte-level BPE writes each byte as one printable character; this maps those characters back."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF = _read_byte_alphabet()
-
-
-class _ByteLevel:
-    """Bytes spelled as characters; a sequence that cannot become UTF-8 is replaced as soon as that is certain."""
-
-    def __init__(self) -> None:
-        # Python and the library's Rust replace the same maximal subparts, one U+FFFD each (Unicode 15, section 3.9).
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def add(self, token: str) -> list[str]:
-        try:
-            data = bytes([_BYTE_OF[char] for char in token])
-        except KeyError:  # an added token, stored as plain text
-            data = token.encode()
-        return [self._utf8.decode(data)]
-
-    def finish(self) -> list[str]:
-        return [self._utf8.decode(b"", final=True)]
-
-
-class _ByteFallback:
-    """`<0xE2>` tokens: a whole run of them is UTF-8, or else every byte of the run is replaced.
-
-    Valid bytes are therefore held until the run ends; once a run is lost, its replacements come at once.
-    """
-
-    _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
-
-    def __init__(self) -> None:
-        self._start_run()
-
-    def _start_run(self) -> None:
-        self._utf8 = codecs.getincrementaldecoder("utf-8")()
-        self._valid: list[str] = []
-        self._byte_count = 0
-        self._is_lost = False
-
-    def add(self, token: str) -> list[str]:
-        byte = self._BYTE.fullmatch(token)
-        if byte is None:
-            return [*self.finish(), token]
-        self._byte_count += 1
-        if self._is_lost:
-            return ["\ufffd"]
-        try:
-            self._valid.append(self._utf8.decode(bytes.fromhex(byte[1])))
-        except UnicodeDecodeError:
-            self._is_lost = True
-            return ["\ufffd"] * self._byte_count
-        return []
-
-    def finish(self) -> list[str]:
-        valid, count, is_lost = self._valid, self._byte_count, self._is_lost
-        unfinished = bool(self._utf8.getstate()[0])
-        self._start_run()
-        if count == 0 or is_lost:
-            return []
-        return ["\ufffd"] * count if unfinished else ["".join(valid)]
-
-
-class _StripStart(_Stateless):
-    """Drops up to `count` of one character at the very start of the text (the space before the first word)."""
-
-    def __init__(self, char: str, count: int) -> None:
-        self._char = char
-        self._left = count
-
-    def add(self, token: str) -> list[str]:
-        while self._left and token.startswith(self._char):
-            token, self._left = token[1:], self._left - 1
-        if token:
-            self._left = 0
-        return [token]
-
-
-def _build_stages(decoder: decoders.Decoder | None) -> list[_Stage] | None:
-    """Build the incremental form of a decoder; None where it has none and the text must wait for the end."""
-    if decoder is None:
-        return [_SpaceBetween()]
-    stages: list[_Stage] = []
-    is_fused = False  # whether the steps so far made one text of all tokens
-    for spec in _flatten(json.loads(decoder.__getstate__())):
-        match spec:
-            case {"type": "Fuse"}:
-                is_fused = True
-            case {"type": "Strip", "content": str(char), "start": int(count), "stop": 0} if is_fused:
-                stages.append(_StripStart(char, count))
-            case {"type": "ByteLevel"} if not is_fused:
-                stages.append(_ByteLevel())
-                is_fused = True
-            case {"type": "ByteFallback"} if not is_fused:
-                stages.append(_ByteFallback())
-            case {"type": "Replace" | "Strip" | "Metaspace" | "WordPiece"} if not is_fused:
-                stages.append(_EachToken(spec))
-            case _:
-                return None
-    return stages
-
-
-def _flatten(spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    if spec["type"] != "Sequence":
-        return [spec]
-    return [step for part in spec["decoders"] for step in _flatten(part)]
-
-
 def _resolve_special_tokens(folder: Path, config: Mapping[str, Any], backend: tokenizers.Tokenizer) -> dict[str, str]:
     """Find the special tokens by name, and add to `backend` the tokens the config files have and it lacks."""
     settings = dict(config)
@@ -513,13 +316,16 @@ def _resolve_special_tokens(folder: Path, config: Mapping[str, Any], backend: to
         if (key in _NAMED or key.endswith("_token") or key in (config.get("extra_special_tokens") or ()))
         and isinstance(value, str | dict)
     }
+    extra = [_added_token(token) for token in extra]
+    for token in extra:
+        token.special = True
     names = {key: token.content for key, token in named.items()}
     special = set(names.values())
 
     if listed is not None:
         stored = {int(i): _added_token(token) for i, token in listed.items()}
     else:
-        known = special | {_added_token(token).content for token in extra}
+        known = special | {token.content for token in extra}
         older_tokens = _read_json(folder / "added_tokens.json")
         stored = {
             i: AddedToken(text, normalized=text not in known, special=text in known) for text, i in older_tokens.items()
@@ -528,7 +334,7 @@ def _resolve_special_tokens(folder: Path, config: Mapping[str, Any], backend: to
     # get the next free ids, in the order of the ids they claim.
     tokens = [stored[i] for i in sorted(stored)]
     have = {token.content for token in [*tokens, *backend.get_added_tokens_decoder().values()]}
-    tokens += [token for token in [*named.values(), *map(_added_token, extra)] if token.content not in have]
+    tokens += [token for token in [*named.values(), *extra] if token.content not in have]
     for token in tokens:
         token.special = token.special or token.content in special
     backend.add_tokens(tokens)
@@ -547,13 +353,14 @@ def _added_token(value: str | Mapping[str, Any]) -> AddedToken:
     return AddedToken(str(value["content"]), **flags)
 
 
-def _read_eos_token_ids(folder: Path, model_config: Mapping[str, Any]) -> list[int]:
+def _read_eos_token_ids(
+    folder: Path, generation_config: Mapping[str, Any], model_config: Mapping[str, Any]
+) -> list[int]:
     """Read the ids that end generation: generation_config.json where it names any, else config.json.
 
     transformers takes no ids at all where generation_config.json is there and names none; a model that never stops
     helps nobody, so config.json is asked then too. A negative id means "none", as nothing equals it.
     """
-    generation_config = _read_json(folder / "generation_config.json")
     for name, source in (("generation_config.json", generation_config), ("config.json", model_config)):
         value = source.get("eos_token_id")
         if value is None:

@@ -118,7 +118,9 @@ class ArceeConfig:
         if self.num_key_value_heads is None:
             put("num_key_value_heads", self.num_attention_heads)
         if self.hidden_size % self.num_attention_heads:
-            self._refuse("hidden_size", self.hidden_size, f"a multiple of num_attention_heads {self.num_attention_heads}")
+            self._refuse(
+                "hidden_size", self.hidden_size, f"a multiple of num_attention_heads {self.num_attention_heads}"
+            )
         if self.head_dim is None:
             put("head_dim", self.hidden_size // self.num_attention_heads)
         if self.num_attention_heads % self.kv_heads:
@@ -200,7 +202,13 @@ class ArceeConfig:
         return _encode_special_floats({"model_type": "arcee", **values})
 
     def _check_types(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings"):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "max_position_embeddings",
+        ):
             self._check_int(name, least=1)
         self._check_int("num_hidden_layers", least=0)
         for name in ("num_key_value_heads", "head_dim"):

@@ -18,6 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from .. import upstream
 from ..errors import InputError
@@ -291,7 +292,7 @@ class ArceeModel(nn.Module):
     def _forward_table(self, positions: mx.array, length: int | None) -> mx.array:
         if not self.rotary_emb.depends_on_length:
             return self.rotary_emb.base_table
-        return self.rotary_emb.forward_table(int(positions.max().item()) + 1 if length is None else length)
+        return self.rotary_emb.forward_table(int(positions.max()) + 1 if length is None else length)
 
     def _wanted_states(self, asked: bool | int | Sequence[int] | None) -> frozenset[int]:
         asked = self.config.output_hidden_states if asked is None else asked
@@ -404,8 +405,10 @@ def _keep_rows(h: mx.array, logits_to_keep: int | mx.array) -> mx.array:
     if keep.dtype == mx.bool_:
         rows = keep if keep.ndim == 2 else mx.broadcast_to(keep[None], (B, L)) if keep.shape == (L,) else None
         if rows is None or rows.shape != (B, L):
-            raise InputError(f"logits_to_keep has shape {keep.shape}; expected a bool mask of shape ({B}, {L}) or ({L},)")
-        index = mx.array([i for i, kept in enumerate(rows.reshape(-1).tolist()) if kept], mx.int32)
+            raise InputError(
+                f"logits_to_keep has shape {keep.shape}; expected a bool mask of shape ({B}, {L}) or ({L},)"
+            )
+        index = mx.array(np.flatnonzero(np.array(rows)))
         kept_rows = h.reshape(B * L, E)[index]
         return kept_rows if keep.ndim == 2 else kept_rows.reshape(B, -1, E)
     if keep.ndim == 1:

@@ -42,7 +42,7 @@ def check_ids(ids: mx.array, least: int, end: int, name: str) -> None:
     if ids.size == 0:
         return
     try:
-        low, high = ids.min().item(), ids.max().item()
+        low, high = int(ids.min()), int(ids.max())
     except (ValueError, RuntimeError) as error:
         if "transformations" in str(error):
             return
@@ -62,7 +62,8 @@ def read_inputs(
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise InputError("input_ids and inputs_embeds: expected exactly one of them")
-    if inputs_embeds is not None:
+    if input_ids is None:
+        assert inputs_embeds is not None
         h = mx.array(inputs_embeds)
         if h.ndim != 3 or h.shape[2] != config.hidden_size:
             raise InputError(f"inputs_embeds has shape {h.shape}; expected (rows, tokens, {config.hidden_size})")

@@ -61,6 +61,8 @@ def causal_loss(
         InputError: see `cross_entropy`.
     """
     if shift_labels is None:
+        if labels is None:
+            raise InputError("labels and shift_labels: expected one of them for a loss")
         labels = as_integers(mx.array(labels), "labels")
         end = mx.full((*labels.shape[:-1], 1), ignore_index, labels.dtype)
         shift_labels = mx.concatenate([labels[..., 1:], end], axis=-1)

@@ -205,5 +205,7 @@ _rotate_fused = mx.compile(_rotate)
 def rotate(x: mx.array, rotation: Rotation) -> mx.array:
     """Turns queries or keys: (B, L, heads, D) -> the same shape and dtype."""
     pairs = x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
-    turn = _rotate_fused if mx.default_device() == mx.gpu else _rotate  # compiling on the CPU would start a C++ compiler
+    turn = (
+        _rotate_fused if mx.default_device() == mx.gpu else _rotate
+    )  # compiling on the CPU would start a C++ compiler
     return turn(pairs, rotation.cos, rotation.sin).reshape(x.shape)

@@ -84,7 +84,9 @@ def test_loops_can_break_and_continue():
 
 
 def test_a_generation_block_renders_its_body_in_its_own_scope():
-    template = "{% set a = 1 %}{% generation %}{% set a = 2 %}{{ a }}{{ messages[0].content }}{% endgeneration %}{{ a }}"
+    template = (
+        "{% set a = 1 %}{% generation %}{% set a = 2 %}{{ a }}{{ messages[0].content }}{% endgeneration %}{{ a }}"
+    )
     assert render(template) == "2hi1"
 
 
@@ -262,6 +264,13 @@ def test_a_message_printed_twice_is_continued_at_the_end_and_keeps_no_mark():
         ("{{ messages }}", DIALOGUE, {}, InputError, "does not mention"),
         (CHATML, [{"role": "assistant", "content": [{"type": "image"}]}], {}, InputError, "nothing to continue"),
         ("{{ messages[0].content }}", DIALOGUE, {}, TokenizerError, "leaves out or changes the last message"),
+        (
+            "{{ messages[-1].content | title }}{{ messages[-1].content }}",
+            DIALOGUE,
+            {},
+            TokenizerError,
+            "changes the last",
+        ),
         ("{{ messages[-1].content | upper }}", DIALOGUE, {}, TokenizerError, "leaves out or changes the last message"),
     ],
 )

@@ -1,0 +1,27 @@
+"""`arcee-mlx <command>`: the installed program. It parses, calls a room, and prints nothing of its own."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from importlib import import_module
+
+from .program import run_reporting
+
+COMMANDS = {
+    "generate": ("arcee_mlx.generate.command", "write text with an Arcee model"),
+    "convert": ("arcee_mlx.conversion.command", "convert a Hugging Face checkpoint to quantized MLX"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program and returns its exit status."""
+    parser = argparse.ArgumentParser(prog="arcee-mlx", description="Arcee's language models on Apple Silicon.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, description) in COMMANDS.items():
+        command = import_module(module)
+        sub = commands.add_parser(name, help=description, description=description.capitalize() + ".")
+        command.add_arguments(sub)
+        sub.set_defaults(run=command.run)
+    args = parser.parse_args(argv)
+    return run_reporting(lambda: args.run(args))

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints become MLX checkpoints: `convert` in run.py, as a command in command.py."""

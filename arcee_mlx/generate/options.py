@@ -1,0 +1,141 @@
+"""GenerateOptions: what a caller may ask of a generation, checked against the model before anything is computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from ..errors import InputError
+from ..model.config import ArceeConfig
+
+StopReason = Literal["eos", "stop_string", "max_tokens", "context_full", "tool_call", "cancelled", "deadline", "error"]
+
+DEFAULT_MAX_TOKENS = 256
+_KEPT_TOKENS = 4  # a rotating cache never gives up the first of these (mlx-lm's `keep`)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """Options of a generation, named as mlx_lm.generate names them. None takes the checkpoint's generation_config.json.
+
+    Sampling follows transformers: repetition penalty, temperature, top-k, top-p, min-p, in that order.
+
+    Attributes:
+        max_tokens: tokens to make at most; -1 for as many as the context holds. Default 256.
+        temp: temperature; 0 takes the likeliest token. Default 0.
+        top_k: sample among the k likeliest tokens; 0 is off.
+        top_p: sample among the likeliest tokens whose probabilities reach this sum, in (0, 1]; 1 is off.
+        min_p: leave out tokens less likely than this share of the likeliest, in [0, 1]; 0 is off.
+        repetition_penalty: divides the scores of tokens that occur in prompt or answer; over 0, 1 is off.
+        seed: of the sampling, 0 to 2**64 - 1; None draws one.
+        stop: strings that end the answer and are not part of it.
+        extra_eos_tokens: texts of further single tokens that end the answer.
+        prefill_step_size: prompt tokens computed at a time.
+        max_kv_size: keep the first 4 and the newest tokens only, so many in all. None keeps all.
+        kv_bits: store keys and values in so many bits from the first token on: 2, 4 or 8. Not with max_kv_size.
+        kv_group_size: group size of that: 32, 64 or 128, and a divisor of the head's width.
+    """
+
+    max_tokens: int | None = None
+    temp: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    extra_eos_tokens: tuple[str, ...] = ()
+    prefill_step_size: int = 2048
+    max_kv_size: int | None = None
+    kv_bits: int | None = None
+    kv_group_size: int = 64
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        self._check_int("max_tokens", 1, also=-1)
+        self._check_int("top_k", 0)
+        self._check_int("seed", 0, 2**64 - 1)
+        self._check_int("prefill_step_size", 1)
+        self._check_int("max_kv_size", _KEPT_TOKENS + 1)
+        self._check_number("temp", 0, math.inf)
+        self._check_number("top_p", 0, 1, open_low=True)
+        self._check_number("min_p", 0, 1)
+        self._check_number("repetition_penalty", 0, math.inf, open_low=True)
+        for name in ("stop", "extra_eos_tokens"):
+            values = getattr(self, name)
+            if isinstance(values, str) or not all(isinstance(text, str) and text for text in values):
+                self._refuse(name, "a tuple of strings that are not empty")
+            object.__setattr__(self, name, tuple(values))
+        if self.kv_bits is not None and self.kv_bits not in (2, 4, 8):
+            self._refuse("kv_bits", "2, 4 or 8")
+        if self.kv_group_size not in (32, 64, 128):
+            self._refuse("kv_group_size", "32, 64 or 128")
+        if self.kv_bits is not None and self.max_kv_size is not None:
+            raise InputError(
+                "kv_bits together with max_kv_size: a rotating KV cache cannot be quantized; expected one of the two"
+            )
+
+    def resolve(self, generation_config: Mapping[str, Any], config: ArceeConfig) -> GenerateOptions:
+        """Fills in what the caller left open and checks what depends on the model.
+
+        Args:
+            generation_config: the checkpoint's generation_config.json, {} without one. As in transformers its
+                temperature and filters count only with `do_sample`.
+            config: of the model.
+
+        Raises:
+            InputError: an option does not fit the model, or generation_config.json holds a bad value.
+        """
+        given = {key: value for key, value in generation_config.items() if value is not None}
+        samples = given.get("do_sample", False)
+        theirs: dict[str, Any] = {
+            "max_tokens": given.get("max_new_tokens", DEFAULT_MAX_TOKENS),
+            "repetition_penalty": given.get("repetition_penalty", 1.0),
+            "temp": given.get("temperature", 1.0) if samples else 0.0,
+            "top_k": given.get("top_k", 50 if samples else 0),
+            "top_p": given.get("top_p", 1.0),
+            "min_p": given.get("min_p", 0.0),
+        }
+        try:
+            resolved = replace(self, **{key: value for key, value in theirs.items() if getattr(self, key) is None})
+        except InputError as error:
+            raise InputError(f"generation_config.json: {error}; give the option yourself") from error
+        if self.kv_bits is not None and config.head_size % self.kv_group_size:
+            raise InputError(
+                f"kv_group_size is {self.kv_group_size}; expected a divisor of the model's head_dim {config.head_size}"
+            )
+        return resolved
+
+    def _check_int(self, name: str, least: int, most: int | None = None, *, also: int | None = None) -> None:
+        value = getattr(self, name)
+        if value is None or (also is not None and value == also):
+            return
+        if isinstance(value, bool) or not isinstance(value, int) or value < least or (most and value > most):
+            self._refuse(name, f"an integer of at least {least}" + (f" and at most {most}" if most else ""))
+
+    def _check_number(self, name: str, low: float, high: float, *, open_low: bool = False) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            self._refuse(name, "a finite number")
+        if value < low or value > high or (open_low and value == low):
+            more = f"over {low}" if open_low else f"of at least {low}"
+            self._refuse(name, f"a number {more}" + ("" if high == math.inf else f" and at most {high}"))
+
+    def _refuse(self, name: str, want: str) -> None:
+        raise InputError(f"{name} is {getattr(self, name)!r}; expected {want}")
+
+
+OPTION_NAMES = tuple(f.name for f in fields(GenerateOptions))
+
+
+def context_tokens(config: ArceeConfig) -> int:
+    """How many positions a model has: what it was made for, stretched where its rope stretches itself."""
+    rope = config.rope
+    if rope["rope_type"] == "dynamic":
+        return int(config.max_position_embeddings * max(rope["factor"], 1))
+    return config.max_position_embeddings
