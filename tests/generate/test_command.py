@@ -1,0 +1,185 @@
+"""`python -m arcee_mlx.generate` and `arcee-mlx generate`: what goes where, and how mistakes are answered."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import write_checkpoint
+
+import arcee_mlx
+from arcee_mlx.cli import main
+from arcee_mlx.generate import command
+
+ARGUMENTS = ["--prompt", "Call me", "--max-tokens", "6", "--temp", "0"]
+
+
+def generate(checkpoint: Path, *arguments: str) -> int:
+    return main(["generate", "--model", str(checkpoint), *arguments])
+
+
+def test_the_attribute_is_the_function_and_the_module_runs_without_a_warning(checkpoint: Path) -> None:
+    assert callable(arcee_mlx.generate) and arcee_mlx.generate.__name__ == "generate"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "arcee_mlx.generate", "--model", str(checkpoint), *ARGUMENTS],
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.strip() and b"tokens/s" in done.stderr
+
+
+def test_the_function_answers_twice_the_same(checkpoint: Path) -> None:
+    model, tokenizer = arcee_mlx.load(checkpoint)
+    options = arcee_mlx.GenerateOptions(max_tokens=6, temp=0)
+    first = arcee_mlx.generate(model, tokenizer, "Call me", options)
+    assert arcee_mlx.generate(model, tokenizer, "Call me", options) == first
+
+
+def test_text_goes_to_standard_output_and_the_rest_to_standard_error(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate(checkpoint, *ARGUMENTS) == 0
+    loud = capsys.readouterr()
+    assert generate(checkpoint, *ARGUMENTS, "--quiet") == 0
+    quiet = capsys.readouterr()
+    assert loud.out == quiet.out and quiet.err == ""
+    for word in ("Prompt:", "Generation:", "tokens/s", "first token after", "Peak memory:"):
+        assert word in loud.err
+
+
+def test_json_is_one_object_and_nothing_else(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(checkpoint, *ARGUMENTS, "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert generate(checkpoint, *ARGUMENTS) == 0
+    assert answer["text"] == capsys.readouterr().out.removesuffix("\n")
+    assert answer["stop_reason"] == "max_tokens" and len(answer["tokens"]) == answer["generation_tokens"] == 6
+
+
+def test_the_chat_template_is_used_unless_raw(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    counts = []
+    for extra in ((), ("--raw",), ("--system-prompt", "Be short.")):
+        assert generate(checkpoint, *ARGUMENTS, "--json", *extra) == 0
+        counts.append(json.loads(capsys.readouterr().out)["prompt_tokens"])
+    chat, raw, system = counts
+    assert raw < chat < system
+
+
+def test_the_prompt_comes_from_an_argument_a_file_or_standard_input(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "prompt.txt").write_text("Call me")
+    outputs = []
+    for arguments in (["--prompt", "Call me"], ["Call", "me"], ["--prompt-file", str(tmp_path / "prompt.txt")], ["-"]):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Call me\n")))
+        assert generate(checkpoint, *arguments, "--max-tokens", "6", "--temp", "0") == 0
+        outputs.append(capsys.readouterr().out)
+    assert len(set(outputs)) == 1
+
+
+def test_piped_text_is_the_prompt_when_none_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    reader, writer = os.pipe()
+    os.write(writer, "über\n".encode())
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        monkeypatch.setattr(sys, "stdin", pipe)
+        assert command._read_prompt(parser.parse_args([])) == "über"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "x", "--temp", "-1"], "temp is -1.0; expected"),
+        (["--prompt", "x", "--top-p", "2"], "top_p is 2.0; expected"),
+        (["--prompt", "x", "--kv-bits", "8", "--max-kv-size", "32"], "kv_bits together with max_kv_size"),
+        (["--prompt", "x", "--kv-bits", "8"], "kv_group_size is 64"),
+        (["--prompt", "x", "--raw", "--system-prompt", "y"], "--system-prompt with --raw"),
+        (["--prompt", "x", "y"], "the prompt is given twice"),
+        (["--prompt-file", "/nonexistent/file"], "--prompt-file"),
+        (["--prompt", "word " * 400], "positions of the model"),
+        (["--prompt", "x", "--extra-eos-token", "<nothing>"], "extra_eos_tokens names"),
+    ],
+)
+def test_a_mistake_is_one_clear_line_and_status_2(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert generate(checkpoint, *arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+def test_an_unknown_option_is_status_2(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        generate(checkpoint, "--no-such-option")
+    assert stop.value.code == 2
+    assert "--no-such-option" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}"), "model.safetensors"),
+        (lambda folder: os.truncate(folder / "model.safetensors", 5000), "download it again"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
+    ],
+)
+def test_a_damaged_checkpoint_is_one_clear_line_and_status_2(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: object, message: str
+) -> None:
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for file in checkpoint.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "model.safetensors.index.json").unlink()
+    damage(folder)  # type: ignore[operator]
+    assert generate(folder, *ARGUMENTS) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+def test_ctrl_c_ends_cleanly_with_what_was_made(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "m", max_position_embeddings=10**6)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "arcee_mlx.generate", "--model", str(tmp_path / "m"), *ARGUMENTS, "--max-tokens", "-1"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    first = process.stdout.read(1)  # there is text, so a million tokens are under way
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate()
+    assert first and rest.endswith(b"\n")
+    assert process.returncode == 130
+    assert b"ended by Ctrl-C" in errors and b"Traceback" not in errors
+
+
+def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "m", max_position_embeddings=10**6)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "arcee_mlx.generate", "--model", str(tmp_path / "m"), *ARGUMENTS, "--max-tokens", "-1"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    errors = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == 141 and b"Traceback" not in errors
