@@ -1,6 +1,6 @@
 """arcee_mlx: Arcee's dense decoder (AFM-4.5B and its fine-tunes) on Apple Silicon through MLX."""
 
-from .checkpoint.loading import load, load_model, save_checkpoint
+from .checkpoint.loading import DEMO_MODEL, load, load_model, save_checkpoint
 from .checkpoint.tokenizer import Tokenizer
 from .errors import (
     ArceeError,
@@ -16,6 +16,7 @@ from .model.config import ArceeConfig
 from .model.decoder import ArceeForCausalLM, ArceeModel, BaseModelOutput, CausalLMOutput
 
 __all__ = [
+    "DEMO_MODEL",
     "ArceeConfig",
     "ArceeError",
     "ArceeForCausalLM",

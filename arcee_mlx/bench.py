@@ -25,8 +25,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from . import upstream
+from .checkpoint.loading import DEMO_MODEL
 from .errors import ArceeError
-from .generate.command import DEMO_MODEL
 from .model.config import read_config
 
 _PROMPT = "Tell me about the sea."

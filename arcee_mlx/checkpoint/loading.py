@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,8 @@ from ..model.decoder import ArceeForCausalLM, ArceeModel
 from .files import FLOATS, Checkpoint, TensorEntry, new_folder, open_checkpoint, same_content, write_json, write_tensors
 from .hub import resolve_folder
 from .tokenizer import Tokenizer, read_tokenizer
+
+DEMO_MODEL = Path(__file__).parent.parent / "demo"  # the small trained model that comes with the package
 
 Model = ArceeForCausalLM | ArceeModel
 M = TypeVar("M", ArceeForCausalLM, ArceeModel)
@@ -66,26 +69,48 @@ def load_model(
         HubError: a hub id could not be downloaded.
         InputError: dtype or model_class is none of the above.
     """
-    folder = resolve_folder(path_or_id, revision=revision)
+    opened = open_model(resolve_folder(path_or_id, revision=revision), model_class)
+    target = _compute_dtype(dtype, opened.config, opened.checkpoint)
+    arrays = opened.checkpoint.arrays()
+    weights = {key: _cast(arrays[name], target) for key, name in opened.names.items()}
+    opened.model.load_weights(list(weights.items()), strict=True)
+    opened.model.eval()
+    return opened.model  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A checkpoint that has been checked but not read.
+
+    Attributes:
+        names: the model's key -> the file's key.
+        model: its layers, quantized where the file is; the weights are not the checkpoint's.
+    """
+
+    config: ArceeConfig
+    checkpoint: Checkpoint
+    names: Mapping[str, str]
+    model: Model
+
+
+def open_model(folder: Path, model_class: type[Model] | None = None) -> OpenedModel:
+    """Checks that config.json and the tensors' names and shapes fit together; reads no tensor.
+
+    Raises:
+        ConfigError, CheckpointError, InputError: see `load_model`.
+    """
     config = read_config(folder)
     checkpoint = open_checkpoint(folder)
     chosen = _choose_class(config, model_class)
-    names = _map_names(checkpoint, chosen)  # the model's key -> the file's key
-    tied = None
-    if chosen is ArceeForCausalLM:
-        tied = _tie(names, checkpoint, config)
+    names = _map_names(checkpoint, chosen)
+    tied = _tie(names, checkpoint, config) if chosen is ArceeForCausalLM else None
     state: Any = mx.random.state
     high, low = state[0].tolist()  # making layers draws from the global generator: put it back after
     model = ArceeModel(config) if chosen is ArceeModel else ArceeForCausalLM(config, tied=tied)
     mx.random.seed(high << 32 | low)
     _quantize_layers(model, names, config)
     _check_tensors(model, names, checkpoint)
-    target = _compute_dtype(dtype, config, checkpoint)
-    arrays = checkpoint.arrays()
-    weights = {key: _cast(arrays[name], target) for key, name in names.items()}
-    model.load_weights(list(weights.items()), strict=True)
-    model.eval()
-    return model  # type: ignore[return-value]
+    return OpenedModel(config, checkpoint, names, model)
 
 
 def save_checkpoint(

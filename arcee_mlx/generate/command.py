@@ -14,11 +14,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.loading import DEMO_MODEL, load
 from ..errors import InputError
 from .options import OPTION_NAMES, GenerateOptions
 from .stream import GenerationChunk, Prompt, PromptProgress, stream_generate
 
-DEMO_MODEL = Path(__file__).parent.parent / "demo"
 DEMO_PROMPT = "Tell me about the sea."
 
 
@@ -87,8 +87,6 @@ def run(args: argparse.Namespace) -> int:
     text = _read_prompt(args)
     if args.raw and args.system_prompt is not None:
         raise InputError("--system-prompt with --raw: a raw prompt has no system message; leave one of them out")
-    from ..checkpoint.loading import load  # MLX is not needed to report a mistake in the arguments
-
     if args.model is None and not args.quiet:
         print(
             "No --model given: using the small bundled demo. For real work: --model arcee-ai/AFM-4.5B", file=sys.stderr
