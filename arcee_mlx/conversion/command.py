@@ -35,10 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mlx-path", default="mlx_model", metavar="FOLDER", help="new folder (default: %(default)s)")
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id")
     either = parser.add_mutually_exclusive_group()
-    either.add_argument("-q", "--quantize", action="store_true", default=True, help="quantize the weights (the default)")
+    either.add_argument(
+        "-q", "--quantize", action="store_true", default=True, help="quantize the weights (the default)"
+    )
     either.add_argument("--no-quantize", dest="quantize", action="store_false", help="keep all weights floats")
     parser.add_argument("--q-bits", type=int, choices=BITS, help="bits a weight (default: 4)")
-    parser.add_argument("--q-group-size", type=int, choices=GROUP_SIZES, help="weights that share a scale (default: 64)")
+    parser.add_argument(
+        "--q-group-size", type=int, choices=GROUP_SIZES, help="weights that share a scale (default: 64)"
+    )
     parser.add_argument("--q-mode", choices=MODES, help="quantization mode (default: affine)")
     parser.add_argument("--dtype", choices=DTYPES, help="of all that is not quantized (default: the checkpoint's own)")
     parser.add_argument("--force", action="store_true", help="replace the converted model that is at --mlx-path")
@@ -83,4 +87,3 @@ class _Refuse(argparse.Action):
         self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: str | None = None
     ) -> None:
         parser.error(f"{option_string} is not offered; {self._advice}")
-

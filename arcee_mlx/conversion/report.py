@@ -113,7 +113,9 @@ def summarize(conversion: Conversion, *, peak_bytes: int) -> str:
     ]
     if conversion.float_layers:
         first, more = conversion.float_layers[0], len(conversion.float_layers) - 1
-        lines.append(f"note    rows of {first}{f' and {more} more' if more else ''} do not divide into groups: kept as floats")
+        lines.append(
+            f"note    rows of {first}{f' and {more} more' if more else ''} do not divide into groups: kept as floats"
+        )
     if "tokenizer.json" not in conversion.carried_files:
         lines.append("note    the source has no tokenizer.json: add one before generating text")
     return "\n".join(lines)

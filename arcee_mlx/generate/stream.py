@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from .. import upstream
 from ..checkpoint.tokenizer import Tokenizer
@@ -122,7 +123,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
         # A rendered template already begins with the token the tokenizer would put there.
         whole = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
         return tokenizer.encode(prompt, add_special_tokens=not whole) if prompt else []
-    items: list[Any] = prompt.tolist() if isinstance(prompt, mx.array) else list(prompt)
+    items: list[Any] = prompt.tolist() if isinstance(prompt, mx.array | np.ndarray) else list(prompt)
     if items and all(isinstance(item, Mapping) for item in items):
         return tokenizer.encode_chat(items, add_generation_prompt=True)
     if not all(isinstance(item, int) and not isinstance(item, bool) for item in items):

@@ -11,51 +11,21 @@ Source: transformers 5.23 `models/arcee/modeling_arcee.py`.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from .. import upstream
 from ..errors import InputError
+from .activations import ACTIVATIONS
 from .config import ArceeConfig
-from .inputs import Embedded, check_ids, read_inputs, read_positions
+from .inputs import Embedded, keep_rows, read_inputs, read_positions
 from .losses import causal_loss
 from .masks import Mask, attention_mask_4d, causal_mask, packed_mask
 from .rope import RotaryEmbedding, Rotation, rotate
-
-
-def relu2(x: mx.array) -> mx.array:
-    """Squared ReLU, one kernel on a GPU. On the CPU backend fusing would first start a C++ compiler, for seconds."""
-    return nn.relu2(x) if mx.default_device() == mx.gpu else mx.square(mx.maximum(x, 0))
-
-
-_GELU_TANH = math.sqrt(2 / math.pi)
-ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
-    "gelu": nn.gelu,
-    "gelu_10": lambda x: mx.clip(nn.gelu(x), -10, 10),
-    "gelu_accurate": nn.gelu_approx,
-    "gelu_fast": lambda x: 0.5 * x * (1 + mx.tanh(x * 0.7978845608 * (1 + 0.044715 * x * x))),
-    "gelu_new": lambda x: 0.5 * x * (1 + mx.tanh(_GELU_TANH * (x + 0.044715 * x * x * x))),
-    "gelu_python": nn.gelu,
-    "gelu_python_tanh": nn.gelu_approx,
-    "gelu_pytorch_tanh": nn.gelu_approx,
-    "leaky_relu": nn.leaky_relu,
-    "linear": lambda x: x,
-    "mish": nn.mish,
-    "quick_gelu": lambda x: x * mx.sigmoid(1.702 * x),
-    "relu": nn.relu,
-    "relu2": relu2,
-    "relu6": nn.relu6,
-    "sigmoid": mx.sigmoid,
-    "silu": nn.silu,
-    "swish": nn.silu,
-    "tanh": mx.tanh,
-}
 
 
 @dataclass(frozen=True)
@@ -296,9 +266,9 @@ class ArceeModel(nn.Module):
         )
 
     def _forward_table(self, positions: mx.array, length: int | None) -> mx.array:
-        if not self.rotary_emb.depends_on_length:
-            return self.rotary_emb.base_table
-        return self.rotary_emb.forward_table(int(positions.max()) + 1 if length is None else length)
+        if length is None:  # known only by looking at the positions, which waits for the device
+            length = int(positions.max()) + 1 if self.rotary_emb.depends_on_length else 0
+        return self.rotary_emb.forward_table(length)
 
     def _wanted_states(self, asked: bool | int | Sequence[int] | None) -> frozenset[int]:
         asked = self.config.output_hidden_states if asked is None else asked
@@ -383,7 +353,7 @@ class ArceeForCausalLM(nn.Module):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
-        logits = self.logits(_keep_rows(base.last_hidden_state, logits_to_keep))
+        logits = self.logits(keep_rows(base.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None or shift_labels is not None:
             loss = causal_loss(
@@ -401,26 +371,3 @@ class ArceeForCausalLM(nn.Module):
             logits=logits,
             loss=loss,
         )
-
-
-def _keep_rows(h: mx.array, logits_to_keep: int | mx.array) -> mx.array:
-    if isinstance(logits_to_keep, int):
-        return h[:, slice(-logits_to_keep, None)]
-    keep = mx.array(logits_to_keep)
-    B, L, E = h.shape
-    if keep.dtype == mx.bool_:
-        rows = keep if keep.ndim == 2 else mx.broadcast_to(keep[None], (B, L)) if keep.shape == (L,) else None
-        if rows is None or rows.shape != (B, L):
-            raise InputError(
-                f"logits_to_keep has shape {keep.shape}; expected a bool mask of shape ({B}, {L}) or ({L},)"
-            )
-        index = mx.array(np.flatnonzero(np.array(rows)))
-        kept_rows = h.reshape(B * L, E)[index]
-        return kept_rows if keep.ndim == 2 else kept_rows.reshape(B, -1, E)
-    if keep.ndim == 1:
-        check_ids(keep, -L, L, "logits_to_keep")
-        return h[:, keep]
-    if keep.ndim != 2 or keep.shape[0] not in (1, B):
-        raise InputError(f"logits_to_keep has shape {keep.shape}; expected (n,) or ({B}, n)")
-    check_ids(keep, 0, L, "logits_to_keep")
-    return mx.take_along_axis(h, mx.broadcast_to(keep, (B, keep.shape[1]))[..., None], axis=1)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from ..errors import InputError
 from .config import ArceeConfig
@@ -94,3 +95,31 @@ def read_positions(
     if positions.ndim != 2 or positions.shape[0] not in (1, B) or positions.shape[1] != L:
         raise InputError(f"position_ids has shape {positions.shape}; expected ({B}, {L}) or (1, {L})")
     return positions, None
+
+
+def keep_rows(h: mx.array, logits_to_keep: int | mx.array) -> mx.array:
+    """Picks the hidden states (B, L, E) that `logits_to_keep` asks for; see `ArceeForCausalLM.forward`.
+
+    Raises:
+        InputError: the shape does not fit or an index is out of range.
+    """
+    if isinstance(logits_to_keep, int):
+        return h[:, slice(-logits_to_keep, None)]
+    keep = mx.array(logits_to_keep)
+    B, L, E = h.shape
+    if keep.dtype == mx.bool_:
+        rows = keep if keep.ndim == 2 else mx.broadcast_to(keep[None], (B, L)) if keep.shape == (L,) else None
+        if rows is None or rows.shape != (B, L):
+            raise InputError(
+                f"logits_to_keep has shape {keep.shape}; expected a bool mask of shape ({B}, {L}) or ({L},)"
+            )
+        index = mx.array(np.flatnonzero(np.array(rows)))
+        kept_rows = h.reshape(B * L, E)[index]
+        return kept_rows if keep.ndim == 2 else kept_rows.reshape(B, -1, E)
+    if keep.ndim == 1:
+        check_ids(keep, -L, L, "logits_to_keep")
+        return h[:, keep]
+    if keep.ndim != 2 or keep.shape[0] not in (1, B):
+        raise InputError(f"logits_to_keep has shape {keep.shape}; expected (n,) or ({B}, n)")
+    check_ids(keep, 0, L, "logits_to_keep")
+    return mx.take_along_axis(h, mx.broadcast_to(keep, (B, keep.shape[1]))[..., None], axis=1)

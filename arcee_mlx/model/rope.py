@@ -48,13 +48,13 @@ class RotaryEmbedding:
             self._state = self.base_table
             tables = [self.base_table] + ([self.long_table] if self.long_table is not None else [])
             mx.eval(tables)
-        for table in tables:
-            if table.shape != (self.head_dim // 2,):
-                raise ConfigError(
-                    f"{config.source}: rope type {self.kind!r} with partial_rotary_factor {partial} rotates "
-                    f"{2 * table.size} of head_dim {self.head_dim} dimensions; expected all of them; transformers cannot "
-                    f"run such a config either"
-                )
+        # transformers builds such a model too, and fails on its first use: so it can be converted and looked at.
+        self._misfit = ""
+        if any(table.shape != (self.head_dim // 2,) for table in tables):
+            self._misfit = (
+                f"{config.source}: rope type {self.kind!r} with partial_rotary_factor {partial} does not rotate all "
+                f"{self.head_dim} dimensions of a head; expected a table for all of them; transformers cannot run it either"
+            )
 
     @property
     def depends_on_length(self) -> bool:
@@ -69,7 +69,11 @@ class RotaryEmbedding:
 
         Returns:
             float32, (D/2,), or (B, D/2) for an array of lengths on a kind that depends on it.
+
+        Raises:
+            ConfigError: the config's rotation does not fit its heads.
         """
+        self._check_fit()
         if not self.depends_on_length:
             return self.base_table
         if self.kind == "longrope":
@@ -90,6 +94,7 @@ class RotaryEmbedding:
         Args:
             length: the largest position of the call, over all rows, plus one.
         """
+        self._check_fit()
         if self.kind != "dynamic":
             return self.table(length)
         if length > self._cached_length:
@@ -111,6 +116,10 @@ class RotaryEmbedding:
         cos = (mx.cos(angles) * self.attention_factor).astype(dtype)
         sin = (mx.sin(angles) * self.attention_factor).astype(dtype)
         return Rotation(cos[:, :, None, None], mx.stack([-sin, sin], axis=-2)[:, :, None])
+
+    def _check_fit(self) -> None:
+        if self._misfit:
+            raise ConfigError(self._misfit)
 
     def _table(self) -> mx.array:
         rope, kind, dim = self.rope, self.kind, self.dim
@@ -150,7 +159,7 @@ class RotaryEmbedding:
     def _longrope_table(self, factors: list[float]) -> mx.array:
         scale = mx.array(factors, mx.float32)
         if scale.size not in (1, (self.dim + 1) // 2):
-            return mx.zeros(0)  # __init__ reports the table that does not fit
+            return mx.zeros(0)  # does not fit
         return 1.0 / (scale * self.rope["rope_theta"] ** self._exponents())
 
     def _yarn_table(self) -> mx.array:
@@ -179,7 +188,7 @@ class RotaryEmbedding:
             high += 0.001
         periods = base ** self._exponents()
         if periods.size != dim // 2:
-            return mx.zeros(0)  # __init__ reports the table that does not fit
+            return mx.zeros(0)  # does not fit
         ramp = 1 - mx.clip((mx.arange(dim // 2).astype(mx.float32) - low) / (high - low), 0, 1)
         return (1.0 / (factor * periods)) * (1 - ramp) + (1.0 / periods) * ramp
 
