@@ -4,6 +4,7 @@ from .checkpoint.loading import DEMO_MODEL, load, load_model, save_checkpoint
 from .checkpoint.tokenizer import Tokenizer
 from .errors import (
     ArceeError,
+    CallbackError,
     CheckpointError,
     ConfigError,
     ConversionError,
@@ -11,7 +12,14 @@ from .errors import (
     InputError,
     TokenizerError,
 )
-from .generate import GenerateOptions, GenerationChunk, GenerationStats, generate, stream_generate
+from .generate import (
+    GenerateOptions,
+    GenerationChunk,
+    GenerationStats,
+    TokenLogprob,
+    generate,
+    stream_generate,
+)
 from .model.config import ArceeConfig
 from .model.decoder import ArceeForCausalLM, ArceeModel, BaseModelOutput, CausalLMOutput
 
@@ -22,6 +30,7 @@ __all__ = [
     "ArceeForCausalLM",
     "ArceeModel",
     "BaseModelOutput",
+    "CallbackError",
     "CausalLMOutput",
     "CheckpointError",
     "ConfigError",
@@ -31,6 +40,7 @@ __all__ = [
     "GenerationStats",
     "HubError",
     "InputError",
+    "TokenLogprob",
     "Tokenizer",
     "TokenizerError",
     "generate",

@@ -27,3 +27,7 @@ class InputError(ArceeError, ValueError):
 
 class ConversionError(ArceeError):
     """A conversion that cannot start or did not finish; the message says what was kept."""
+
+
+class CallbackError(ArceeError):
+    """A function the caller passed in raised, or returned what it must not; what it raised is the cause."""

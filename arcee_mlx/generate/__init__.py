@@ -1,6 +1,15 @@
 """Text generation for one caller: `generate`, `stream_generate`, and `python -m arcee_mlx.generate`."""
 
+from .answer import GenerationChunk, GenerationStats, TokenLogprob
 from .options import GenerateOptions, StopReason
-from .stream import GenerationChunk, GenerationStats, generate, stream_generate
+from .stream import generate, stream_generate
 
-__all__ = ["GenerateOptions", "GenerationChunk", "GenerationStats", "StopReason", "generate", "stream_generate"]
+__all__ = [
+    "GenerateOptions",
+    "GenerationChunk",
+    "GenerationStats",
+    "StopReason",
+    "TokenLogprob",
+    "generate",
+    "stream_generate",
+]

@@ -11,79 +11,23 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from ..checkpoint.loading import DEMO_MODEL, load
 from ..errors import InputError
-from .options import OPTION_NAMES, GenerateOptions
-from .stream import GenerationChunk, Prompt, PromptProgress, stream_generate
+from .answer import GenerationChunk
+from .arguments import add_arguments, read_options
+from .request import Prompt
+from .stream import PromptProgress, stream_generate
+
+__all__ = ["add_arguments", "run"]
 
 DEMO_PROMPT = "Tell me about the sea."
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `generate`; names are mlx_lm.generate's where it has them."""
-    parser.add_argument("prompt_words", nargs="*", metavar="PROMPT", help="the prompt; '-' reads standard input")
-    source = parser.add_argument_group("prompt")
-    source.add_argument("--prompt", "-p", metavar="TEXT", help="the prompt; '-' reads standard input")
-    source.add_argument("--prompt-file", metavar="FILE", type=Path, help="read the prompt from a file")
-    source.add_argument("--system-prompt", metavar="TEXT", help="system message for the chat template")
-    source.add_argument(
-        "--raw",
-        "--ignore-chat-template",
-        action="store_true",
-        help="continue the prompt as it is, without chat template",
-    )
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model", metavar="PATH|ID", help="checkpoint folder or Hugging Face Hub id (default: the demo)"
-    )
-    model.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id")
-    model.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16", "auto"),
-        help="dtype to compute in (default: the checkpoint's on a GPU, float32 on the CPU backend)",
-    )  # fmt: skip
-    how = parser.add_argument_group("generation (defaults: the checkpoint's generation_config.json)")
-    how.add_argument(
-        "--max-tokens", "-m", type=int, metavar="N", help="tokens to make at most, -1 = all that fit (256)"
-    )
-    how.add_argument("--temp", "--temperature", type=float, metavar="T", help="temperature, 0 = likeliest token")
-    how.add_argument("--top-p", type=float, metavar="P", help="sample within this probability mass, 1 = off")
-    how.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens, 0 = off")
-    how.add_argument(
-        "--min-p", type=float, metavar="P", help="leave out tokens under this share of the likeliest, 0 = off"
-    )
-    how.add_argument("--repetition-penalty", type=float, metavar="X", help="over prompt and answer, 1 = off")
-    how.add_argument("--seed", type=int, metavar="N", help="of the sampling (default: drawn)")
-    how.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer at TEXT; repeatable")
-    how.add_argument(
-        "--extra-eos-token",
-        dest="extra_eos_tokens",
-        nargs="+",
-        default=[],
-        metavar="TOKEN",
-        help="tokens that end it too",
-    )
-    memory = parser.add_argument_group("memory")
-    memory.add_argument(
-        "--max-kv-size", type=int, metavar="N", help="keep the first 4 and the newest tokens only, N in all"
-    )
-    memory.add_argument("--kv-bits", type=int, metavar="BITS", help="quantize the KV cache: 2, 4 or 8")
-    memory.add_argument("--kv-group-size", type=int, default=64, metavar="N", help="group size of that (64)")
-    memory.add_argument(
-        "--prefill-step-size", type=int, default=2048, metavar="N", help="prompt tokens at a time (2048)"
-    )
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--json", action="store_true", help="one JSON object on standard output at the end, for programs"
-    )
-    output.add_argument("--quiet", action="store_true", help="no statistics, progress or notes on standard error")
-
-
 def run(args: argparse.Namespace) -> int:
     """Runs `generate` as parsed; returns the exit status. Ctrl-C ends it with what was made, and 130."""
-    options = GenerateOptions(**{name: getattr(args, name) for name in OPTION_NAMES})
+    options = read_options(args)
     text = _read_prompt(args)
     if args.raw and args.system_prompt is not None:
         raise InputError("--system-prompt with --raw: a raw prompt has no system message; leave one of them out")

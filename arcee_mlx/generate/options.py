@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from ..errors import InputError
@@ -18,9 +18,10 @@ _KEPT_TOKENS = 4  # a rotating cache never gives up the first of these (mlx-lm's
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
-    """Options of a generation, named as mlx_lm.generate names them. None takes the checkpoint's generation_config.json.
+    """Options of a generation. None takes the checkpoint's generation_config.json.
 
-    Sampling follows transformers: repetition penalty, temperature, top-k, top-p, min-p, in that order.
+    Names are mlx_lm.generate's where it has them, else OpenAI's.
+    Sampling follows transformers: penalties, temperature, top-k, top-p, min-p, in that order; XTC comes last.
 
     Attributes:
         max_tokens: tokens to make at most; -1 for as many as the context holds. Default 256.
@@ -29,9 +30,19 @@ class GenerateOptions:
         top_p: sample among the likeliest tokens whose probabilities reach this sum, in (0, 1]; 1 is off.
         min_p: leave out tokens less likely than this share of the likeliest, in [0, 1]; 0 is off.
         repetition_penalty: divides the scores of tokens that occur in prompt or answer; over 0, 1 is off.
+        frequency_penalty: taken from a token's score for every time the answer has it already; 0 is off.
+        presence_penalty: taken once from the score of every token the answer has already; 0 is off.
+        logit_bias: {id: number added to that token's score}.
+        xtc_probability: share of steps, in [0, 1], at which all but the least likely of the tokens over xtc_threshold
+            are left out (never line feed and end of text); 0 is off. Needs a temperature.
+        xtc_threshold: of that, in [0, 0.5].
+        logprobs: give every token's log-probability under the model itself, before penalties, bias and temperature.
+        top_logprobs: of so many of the likeliest tokens, too; needs logprobs.
         seed: of the sampling, 0 to 2**64 - 1; None draws one.
         stop: strings that end the answer and are not part of it.
         extra_eos_tokens: texts of further single tokens that end the answer.
+        prefill_response: how the answer begins: the model goes on from there. For a prompt of messages only.
+        chat_template_config: further variables for the chat template. For a prompt of messages only.
         prefill_step_size: prompt tokens computed at a time.
         max_kv_size: keep the first 4 and the newest tokens only, so many in all. None keeps all.
         kv_bits: store keys and values in so many bits from the first token on: 2, 4 or 8. Not with max_kv_size.
@@ -44,9 +55,18 @@ class GenerateOptions:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    logprobs: bool = False
+    top_logprobs: int = 0
     seed: int | None = None
     stop: tuple[str, ...] = ()
     extra_eos_tokens: tuple[str, ...] = ()
+    prefill_response: str | None = None
+    chat_template_config: Mapping[str, Any] = field(default_factory=dict, hash=False)
     prefill_step_size: int = 2048
     max_kv_size: int | None = None
     kv_bits: int | None = None
@@ -64,6 +84,21 @@ class GenerateOptions:
         self._check_number("top_p", 0, 1, open_low=True)
         self._check_number("min_p", 0, 1)
         self._check_number("repetition_penalty", 0, math.inf, open_low=True)
+        self._check_number("frequency_penalty", -math.inf, math.inf)
+        self._check_number("presence_penalty", -math.inf, math.inf)
+        self._check_number("xtc_probability", 0, 1)
+        self._check_number("xtc_threshold", 0, 0.5)
+        self._check_int("top_logprobs", 0)
+        if not isinstance(self.logprobs, bool):
+            self._refuse("logprobs", "True or False")
+        if self.top_logprobs and not self.logprobs:
+            self._refuse("top_logprobs", "0 without logprobs; set logprobs, too")
+        if self.prefill_response is not None and not isinstance(self.prefill_response, str):
+            self._refuse("prefill_response", "text")
+        self._check_mapping("logit_bias", int, "token ids with finite numbers")
+        if not all(_is_finite(bias) for bias in self.logit_bias.values()):
+            self._refuse("logit_bias", "token ids with finite numbers")
+        self._check_mapping("chat_template_config", str, "names with values")
         for name in ("stop", "extra_eos_tokens"):
             values = getattr(self, name)
             if isinstance(values, str) or not all(isinstance(text, str) and text for text in values):
@@ -107,6 +142,13 @@ class GenerateOptions:
             raise InputError(
                 f"kv_group_size is {self.kv_group_size}; expected a divisor of the model's head_dim {config.head_size}"
             )
+        for token in self.logit_bias:
+            if not 0 <= token < config.vocab_size:
+                raise InputError(f"logit_bias names the id {token}; expected ids from 0 to {config.vocab_size - 1}")
+        if self.top_logprobs > config.vocab_size:
+            self._refuse("top_logprobs", f"at most the model's {config.vocab_size} tokens")
+        if resolved.temp == 0 and self.xtc_probability:
+            raise InputError("xtc_probability without a temperature: the likeliest token is taken; give temp over 0")
         return resolved
 
     def _check_int(self, name: str, least: int, most: int | None = None, *, also: int | None = None) -> None:
@@ -120,14 +162,24 @@ class GenerateOptions:
         value = getattr(self, name)
         if value is None:
             return
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if not _is_finite(value):
             self._refuse(name, "a finite number")
         if value < low or value > high or (open_low and value == low):
             more = f"over {low}" if open_low else f"of at least {low}"
             self._refuse(name, f"a number {more}" + ("" if high == math.inf else f" and at most {high}"))
 
+    def _check_mapping(self, name: str, key_type: type, want: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, Mapping) or not all(type(key) is key_type for key in value):
+            self._refuse(name, want)
+        object.__setattr__(self, name, dict(value))
+
     def _refuse(self, name: str, want: str) -> None:
         raise InputError(f"{name} is {getattr(self, name)!r}; expected {want}")
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 OPTION_NAMES = tuple(f.name for f in fields(GenerateOptions))

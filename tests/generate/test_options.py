@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
-from conftest import tiny_config
 
 from arcee_mlx import GenerateOptions, InputError
 from arcee_mlx.generate.options import DEFAULT_MAX_TOKENS, context_tokens
+from conftest import tiny_config
 
 BAD = {
     "max_tokens": [0, -2, 1.5, True, "10"],
@@ -17,6 +17,15 @@ BAD = {
     "top_p": [0, -0.1, 1.01, math.nan],
     "min_p": [-0.1, 1.01, math.inf],
     "repetition_penalty": [0, -1, math.nan],
+    "frequency_penalty": [math.nan, math.inf, "0"],
+    "presence_penalty": [math.nan, -math.inf, True],
+    "logit_bias": [{"a": 1.0}, {1: math.nan}, {1: math.inf}, {1: "x"}, {True: 1.0}, [(1, 2)], {1.0: 1.0}],
+    "xtc_probability": [-0.1, 1.1, math.nan],
+    "xtc_threshold": [-0.1, 0.51, 0.9],
+    "logprobs": [1, "yes"],
+    "top_logprobs": [-1, True, 2.0, 3],
+    "prefill_response": [1, b"x"],
+    "chat_template_config": [[1], {1: 2}, "x"],
     "seed": [-1, 2**64, 1.0],
     "prefill_step_size": [0, -5],
     "max_kv_size": [0, 4],
@@ -72,3 +81,24 @@ def test_dynamic_rope_stretches_the_context_and_no_other_does() -> None:
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
     assert context_tokens(tiny_config(rope_parameters=dynamic)) == 512
     assert context_tokens(tiny_config(rope_parameters=yarn)) == 256
+
+
+@pytest.mark.parametrize("token", [-1, 400, 10**6, 2 * 10**9])
+def test_a_biased_id_the_model_does_not_have_is_refused(token: int) -> None:
+    with pytest.raises(InputError, match=f"logit_bias names the id {token}; expected ids from 0 to 399"):
+        GenerateOptions(logit_bias={token: 1.0}).resolve({}, tiny_config())
+
+
+def test_what_cannot_work_for_this_model_or_temperature_is_refused() -> None:
+    with pytest.raises(InputError, match="top_logprobs is 401; expected at most the model's 400"):
+        GenerateOptions(logprobs=True, top_logprobs=401).resolve({}, tiny_config())
+    with pytest.raises(InputError, match="xtc_probability without a temperature"):
+        GenerateOptions(xtc_probability=0.5).resolve({}, tiny_config())
+
+
+def test_options_are_a_value() -> None:
+    bias = {3: 1.0}
+    options = GenerateOptions(logit_bias=bias, chat_template_config={"thinking": False})
+    bias[4] = 2.0
+    assert options.logit_bias == {3: 1.0}
+    assert {options: 1}[GenerateOptions(logit_bias={3: 1.0}, chat_template_config={"thinking": False})] == 1

@@ -1,0 +1,97 @@
+"""What a caller gets: chunks while the answer is made, and the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .options import StopReason
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token and the natural logarithm of its probability under the model itself."""
+
+    token: int
+    logprob: float
+
+
+@dataclass(frozen=True)
+class GenerationStats:
+    """What a generation took so far.
+
+    Attributes:
+        prompt_tokens: tokens of the prompt, the cached ones included.
+        cached_tokens: of them, those that a prompt cache saved computing.
+        prompt_tokens_per_s: of those computed, per second until the first new token was there.
+        generation_tokens: new tokens, the end-of-text token included.
+        generation_tokens_per_s: of those after the first; 0 for fewer than two.
+        time_to_first_token_s: from the call to the first new token.
+        peak_memory_bytes: most memory MLX held in this process.
+        seed: of the sampling; the same seed, prompt and options give the same text.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    prompt_tokens_per_s: float
+    generation_tokens: int
+    generation_tokens_per_s: float
+    time_to_first_token_s: float
+    peak_memory_bytes: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class GenerationChunk:
+    """One token's worth of an answer.
+
+    Attributes:
+        text: text that has become certain; may be empty, and may reach further back than the token.
+        token: id of the new token.
+        stop_reason: why the answer ended, on the last chunk; None before.
+        stats: so far.
+        logprob: of the token, under the model itself; None unless `logprobs` was asked for.
+        top_logprobs: of the likeliest tokens, the likeliest first; as many as `top_logprobs` asked for.
+    """
+
+    text: str
+    token: int
+    stop_reason: StopReason | None
+    stats: GenerationStats
+    logprob: float | None = None
+    top_logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer.
+
+    Attributes:
+        text: joined.
+        tokens: all ids, the end-of-text token included.
+        stop_reason: why it ended.
+        stats: of the whole; in a batch the times are those of the batch as this answer saw it.
+        logprobs: of every token; empty unless asked for.
+        top_logprobs: a tuple a token; empty unless asked for.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    stop_reason: StopReason
+    stats: GenerationStats
+    logprobs: tuple[float, ...] = ()
+    top_logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
+
+
+def join_chunks(chunks: Sequence[GenerationChunk]) -> Answer:
+    """The answer that all chunks, at least one, makes up."""
+    reason = chunks[-1].stop_reason
+    assert reason is not None
+    return Answer(
+        text="".join(chunk.text for chunk in chunks),
+        tokens=tuple(chunk.token for chunk in chunks),
+        stop_reason=reason,
+        stats=chunks[-1].stats,
+        logprobs=tuple(chunk.logprob for chunk in chunks if chunk.logprob is not None),
+        top_logprobs=tuple(chunk.top_logprobs for chunk in chunks if chunk.top_logprobs),
+    )

@@ -1,0 +1,145 @@
+"""The arguments of `arcee-mlx generate`, and the options they make. Names are mlx_lm.generate's where it has them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from .options import OPTION_NAMES, GenerateOptions
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `generate`."""
+    add_prompt_arguments(parser)
+    add_model_arguments(parser)
+    _add_sampling_arguments(parser)
+    _add_answer_arguments(parser)
+    _add_memory_arguments(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--json", action="store_true", help="one JSON object on standard output at the end, for programs"
+    )
+    output.add_argument("--quiet", action="store_true", help="no statistics, progress or notes on standard error")
+
+
+def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what says which prompt."""
+    parser.add_argument("prompt_words", nargs="*", metavar="PROMPT", help="the prompt; '-' reads standard input")
+    source = parser.add_argument_group("prompt")
+    source.add_argument("--prompt", "-p", metavar="TEXT", help="the prompt; '-' reads standard input")
+    source.add_argument("--prompt-file", metavar="FILE", type=Path, help="read the prompt from a file")
+    source.add_argument("--system-prompt", metavar="TEXT", help="system message for the chat template")
+    source.add_argument("--chat-template-config", metavar="JSON", help="object of further variables for the template")
+    source.add_argument(
+        "--raw",
+        "--ignore-chat-template",
+        action="store_true",
+        help="continue the prompt as it is, without chat template",
+    )
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what says which model."""
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model", metavar="PATH|ID", help="checkpoint folder or Hugging Face Hub id (default: the demo)"
+    )
+    model.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id")
+    model.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16", "auto"),
+        help="dtype to compute in (default: the checkpoint's on a GPU, float32 on the CPU backend)",
+    )  # fmt: skip
+
+
+def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    how = parser.add_argument_group("sampling (defaults: the checkpoint's generation_config.json)")
+    how.add_argument("--temp", "--temperature", type=float, metavar="T", help="temperature, 0 = likeliest token")
+    how.add_argument("--top-p", type=float, metavar="P", help="sample within this probability mass, 1 = off")
+    how.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens, 0 = off")
+    how.add_argument(
+        "--min-p", type=float, metavar="P", help="leave out tokens under this share of the likeliest, 0 = off"
+    )
+    how.add_argument("--xtc-probability", type=float, default=0.0, metavar="P", help="how often XTC applies (0 = off)")
+    how.add_argument(
+        "--xtc-threshold", type=float, default=0.1, metavar="P", help="of the tokens over this the least likely stays"
+    )
+    how.add_argument("--repetition-penalty", type=float, metavar="X", help="over prompt and answer, 1 = off")
+    how.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="over the answer, 0 = off")
+    how.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help="over the answer, 0 = off")
+    how.add_argument(
+        "--logit-bias", action="append", default=[], metavar="ID=X", help="add X to a token's score; repeatable"
+    )
+    how.add_argument("--seed", type=int, metavar="N", help="of the sampling (default: drawn)")
+
+
+def _add_answer_arguments(parser: argparse.ArgumentParser) -> None:
+    answer = parser.add_argument_group("answer")
+    answer.add_argument(
+        "--max-tokens", "-m", type=int, metavar="N", help="tokens to make at most, -1 = all that fit (256)"
+    )
+    answer.add_argument("--prefill-response", metavar="TEXT", help="how the answer begins (it is not printed again)")
+    answer.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end the answer at TEXT; repeatable"
+    )
+    answer.add_argument(
+        "--extra-eos-token",
+        dest="extra_eos_tokens",
+        nargs="+",
+        default=[],
+        metavar="TOKEN",
+        help="tokens that end it too",
+    )
+    answer.add_argument("--logprobs", action="store_true", help="every token's log-probability, in --json")
+    answer.add_argument("--top-logprobs", type=int, default=0, metavar="N", help="of the N likeliest, too")
+    answer.add_argument("-n", type=int, default=1, metavar="N", help="sample N answers, seeds counting up (1)")
+    answer.add_argument("--num-beams", type=int, default=1, metavar="N", help="beam search with N beams (1 = off)")
+    answer.add_argument("--length-penalty", type=float, metavar="X", help="of beams: over 0 favours long answers (1)")
+    answer.add_argument(
+        "--early-stopping",
+        choices=("true", "false", "never"),
+        help="of beams: at num-beams answers; when better is unlikely (false); when it is impossible",
+    )
+    answer.add_argument("--num-return-sequences", type=int, metavar="N", help="of beams: answers to print (1)")
+
+
+def _add_memory_arguments(parser: argparse.ArgumentParser) -> None:
+    memory = parser.add_argument_group("memory")
+    memory.add_argument("--prompt-cache-file", metavar="FILE", help="from `arcee-mlx cache-prompt` or mlx_lm's")
+    memory.add_argument(
+        "--max-kv-size", type=int, metavar="N", help="keep the first 4 and the newest tokens only, N in all"
+    )
+    memory.add_argument("--kv-bits", type=int, metavar="BITS", help="quantize the KV cache: 2, 4 or 8")
+    memory.add_argument("--kv-group-size", type=int, default=64, metavar="N", help="group size of that (64)")
+    memory.add_argument(
+        "--prefill-step-size", type=int, default=2048, metavar="N", help="prompt tokens at a time (2048)"
+    )
+
+
+def read_options(args: argparse.Namespace) -> GenerateOptions:
+    """The options that parsed arguments ask for; those the program does not have keep their defaults."""
+    values: dict[str, Any] = {name: getattr(args, name) for name in OPTION_NAMES if hasattr(args, name)}
+    if "logit_bias" in values:
+        values["logit_bias"] = dict(_read_bias(text) for text in values["logit_bias"])
+    values["chat_template_config"] = _read_template_config(args.chat_template_config)
+    return GenerateOptions(**values)
+
+
+def _read_bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError as error:
+        raise InputError(f"--logit-bias is {text!r}; expected ID=NUMBER, such as 42=-5") from error
+
+
+def _read_template_config(text: str | None) -> dict[str, Any]:
+    try:
+        config = {} if text is None else json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"--chat-template-config is not JSON ({error}); expected an object") from error
+    if not isinstance(config, dict):
+        raise InputError(f"--chat-template-config is {text!r}; expected a JSON object")
+    return config

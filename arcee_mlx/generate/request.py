@@ -1,0 +1,152 @@
+"""A prompt and its options, checked against the model and ready to compute."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..checkpoint.tokenizer import Tokenizer
+from ..errors import InputError
+from ..model.decoder import ArceeForCausalLM
+from .options import GenerateOptions, StopReason, context_tokens
+from .sampling import draw_seed
+
+Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `read_request` made of the caller's words.
+
+    Attributes:
+        ids: of the prompt, all in the model's range.
+        options: resolved: no None left but where None means off; the seed is drawn.
+        eos: ids that end the answer.
+        limit: tokens to make at most.
+        limit_reason: why the answer ended if it reaches that.
+        unseen_tokens: tokens that stand before the prompt in a cache whose text is not known.
+    """
+
+    ids: list[int]
+    options: GenerateOptions
+    eos: frozenset[int]
+    limit: int
+    limit_reason: StopReason
+    unseen_tokens: int = 0
+
+
+def read_request(
+    model: ArceeForCausalLM,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    options: GenerateOptions | None,
+    *,
+    unseen_tokens: int = 0,
+) -> Request:
+    """Checks all that can be checked before anything is computed.
+
+    Raises:
+        InputError, TokenizerError: see `generate`.
+    """
+    options = (options or GenerateOptions()).resolve(tokenizer.generation_config, model.config)
+    options = replace(options, seed=draw_seed() if options.seed is None else options.seed)
+    ids = encode_prompt(tokenizer, prompt, options, goes_on=unseen_tokens > 0)
+    room = _check_prompt(ids, model, unseen_tokens)
+    asked = options.max_tokens
+    limit = room if asked in (None, -1) else min(asked, room)
+    return Request(
+        ids=ids,
+        options=options,
+        eos=tokenizer.eos_token_ids | _extra_eos(tokenizer, options),
+        limit=limit,
+        limit_reason="max_tokens" if limit == asked else "context_full",
+        unseen_tokens=unseen_tokens,
+    )
+
+
+def encode_prompt(
+    tokenizer: Tokenizer, prompt: Prompt, options: GenerateOptions | None = None, *, goes_on: bool = False
+) -> list[int]:
+    """Token ids of a prompt in any of its three forms.
+
+    Args:
+        options: prefill_response and chat_template_config belong to messages and are refused with the other two.
+        goes_on: the prompt goes on from tokens before it: text begins without begin-of-text token, and of messages
+            only what stands from the last one's content on is taken, as mlx_lm.generate does with a prompt cache.
+
+    Raises:
+        InputError: it is none of the three.
+        TokenizerError: messages cannot be rendered.
+    """
+    options = options or GenerateOptions()
+    items: list[Any] = []
+    if not isinstance(prompt, str):
+        items = prompt.tolist() if isinstance(prompt, mx.array | np.ndarray) else list(prompt)
+    if items and all(isinstance(item, Mapping) for item in items):
+        return _encode_messages(tokenizer, items, options, goes_on=goes_on)
+    for name in ("prefill_response", "chat_template_config"):
+        if getattr(options, name):
+            raise InputError(f"{name} with a prompt that is not messages; expected messages; put it into the prompt")
+    if isinstance(prompt, str):
+        # A rendered template already begins with the token the tokenizer would put there.
+        whole = goes_on or (tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token))
+        return tokenizer.encode(prompt, add_special_tokens=not whole) if prompt else []
+    if not all(isinstance(item, int) and not isinstance(item, bool) for item in items):
+        raise InputError("prompt holds neither text, nor messages, nor token ids only; expected one of the three")
+    return items
+
+
+def _encode_messages(
+    tokenizer: Tokenizer, messages: list[Mapping[str, Any]], options: GenerateOptions, *, goes_on: bool
+) -> list[int]:
+    begun = options.prefill_response is not None
+    answer = [{"role": "assistant", "content": options.prefill_response}] if begun else []
+
+    def render(messages: list[Mapping[str, Any]]) -> str:
+        return tokenizer.apply_chat_template(
+            [*messages, *answer],
+            add_generation_prompt=not begun,
+            continue_final_message=begun,
+            template_variables=options.chat_template_config,
+        )
+
+    text = render(messages)
+    if goes_on:
+        mark = "<query>"
+        place = render([*messages[:-1], {**messages[-1], "content": mark}]).find(mark)
+        if place < 0:
+            raise InputError("the chat template leaves out the last message; expected it to write its content")
+        text = text[place:]
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _check_prompt(ids: Sequence[int], model: ArceeForCausalLM, unseen_tokens: int) -> int:
+    """Raises InputError unless the model can take the prompt; returns how many tokens may follow it."""
+    if not ids:
+        raise InputError("the prompt is empty; expected at least one token; give some text")
+    for place, token in enumerate(ids):
+        if not 0 <= token < model.config.vocab_size:
+            raise InputError(
+                f"prompt holds the id {token} at place {place}; expected 0 to {model.config.vocab_size - 1}; "
+                f"check that tokenizer and model belong together"
+            )
+    length = unseen_tokens + len(ids)
+    room = context_tokens(model.config) - length
+    if room < 1:
+        raise InputError(
+            f"the prompt has {length} tokens; expected fewer than the {context_tokens(model.config)} positions of the "
+            f"model; shorten it"
+        )
+    return room
+
+
+def _extra_eos(tokenizer: Tokenizer, options: GenerateOptions) -> frozenset[int]:
+    found = {text: tokenizer.token_id(text) for text in options.extra_eos_tokens}
+    for text, token in found.items():
+        if token is None:
+            raise InputError(f"extra_eos_tokens names {text!r}; expected a token of this tokenizer's vocabulary")
+    return frozenset(token for token in found.values() if token is not None)
