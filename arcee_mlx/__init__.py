@@ -13,11 +13,14 @@ from .errors import (
     TokenizerError,
 )
 from .generate import (
+    Answer,
     GenerateOptions,
     GenerationChunk,
     GenerationStats,
     TokenLogprob,
     generate,
+    generate_answers,
+    generate_batch,
     stream_generate,
 )
 from .model.config import ArceeConfig
@@ -25,6 +28,7 @@ from .model.decoder import ArceeForCausalLM, ArceeModel, BaseModelOutput, Causal
 
 __all__ = [
     "DEMO_MODEL",
+    "Answer",
     "ArceeConfig",
     "ArceeError",
     "ArceeForCausalLM",
@@ -44,6 +48,8 @@ __all__ = [
     "Tokenizer",
     "TokenizerError",
     "generate",
+    "generate_answers",
+    "generate_batch",
     "load",
     "load_model",
     "save_checkpoint",

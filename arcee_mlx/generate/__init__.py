@@ -1,15 +1,19 @@
 """Text generation for one caller: `generate`, `stream_generate`, and `python -m arcee_mlx.generate`."""
 
-from .answer import GenerationChunk, GenerationStats, TokenLogprob
+from .answer import Answer, GenerationChunk, GenerationStats, TokenLogprob
+from .batch import generate_answers, generate_batch
 from .options import GenerateOptions, StopReason
 from .stream import generate, stream_generate
 
 __all__ = [
+    "Answer",
     "GenerateOptions",
     "GenerationChunk",
     "GenerationStats",
     "StopReason",
     "TokenLogprob",
     "generate",
+    "generate_answers",
+    "generate_batch",
     "stream_generate",
 ]

@@ -17,8 +17,9 @@ from ..checkpoint.loading import DEMO_MODEL, load
 from ..errors import InputError
 from .answer import GenerationChunk
 from .arguments import add_arguments, read_options
+from .prefill import PromptProgress
 from .request import Prompt
-from .stream import PromptProgress, stream_generate
+from .stream import stream_generate
 
 __all__ = ["add_arguments", "run"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -14,11 +14,10 @@ from ..checkpoint.tokenizer import Tokenizer
 from ..model.decoder import ArceeForCausalLM
 from .answer import GenerationChunk
 from .options import GenerateOptions
+from .prefill import PromptProgress
 from .request import Prompt, Request, read_request
 from .row import Row
 from .sampling import LogitsProcessor
-
-PromptProgress = Callable[[int, int], None]
 
 
 def generate(
