@@ -14,10 +14,12 @@ from .errors import (
 )
 from .generate import (
     Answer,
+    Beam,
     GenerateOptions,
     GenerationChunk,
     GenerationStats,
     TokenLogprob,
+    beam_search,
     generate,
     generate_answers,
     generate_batch,
@@ -34,6 +36,7 @@ __all__ = [
     "ArceeForCausalLM",
     "ArceeModel",
     "BaseModelOutput",
+    "Beam",
     "CallbackError",
     "CausalLMOutput",
     "CheckpointError",
@@ -47,6 +50,7 @@ __all__ = [
     "TokenLogprob",
     "Tokenizer",
     "TokenizerError",
+    "beam_search",
     "generate",
     "generate_answers",
     "generate_batch",
