@@ -4,6 +4,7 @@ from .answer import Answer, GenerationChunk, GenerationStats, TokenLogprob
 from .batch import generate_answers, generate_batch
 from .beam import Beam, beam_search
 from .options import GenerateOptions, StopReason
+from .prompt_cache import PromptCache, cache_prompt, load_prompt_cache, save_prompt_cache
 from .stream import generate, stream_generate
 
 __all__ = [
@@ -13,10 +14,14 @@ __all__ = [
     "GenerationChunk",
     "GenerationStats",
     "StopReason",
+    "PromptCache",
     "TokenLogprob",
     "beam_search",
+    "cache_prompt",
     "generate",
     "generate_answers",
     "generate_batch",
+    "load_prompt_cache",
+    "save_prompt_cache",
     "stream_generate",
 ]

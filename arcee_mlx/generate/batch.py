@@ -19,6 +19,7 @@ from ..model.decoder import ArceeForCausalLM
 from .answer import Answer, GenerationChunk, join_chunks
 from .options import GenerateOptions
 from .prefill import fill_cache
+from .prompt_cache import PromptCache
 from .request import Prompt, Request, read_request
 from .row import Row
 from .sampling import LogitsProcessor
@@ -89,6 +90,7 @@ def generate_answers(
     options: GenerateOptions | None = None,
     *,
     n: int,
+    prompt_cache: PromptCache | None = None,
     logits_processors: Sequence[LogitsProcessor] = (),
 ) -> list[Answer]:
     """Samples n answers to one prompt, which is read once.
@@ -98,24 +100,29 @@ def generate_answers(
 
     Args:
         n: how many; with more than one a temperature is needed.
+        prompt_cache: as in `generate`, kept in float and without max_kv_size.
 
     Raises: see `generate_batch`.
     """
     started_s = time.perf_counter()
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise InputError(f"n is {n!r}; expected an integer of at least 1")
-    request = read_request(model, tokenizer, prompt, options)
+    unseen = prompt_cache.unseen_tokens if prompt_cache else 0
+    request = read_request(model, tokenizer, prompt, options, unseen_tokens=unseen)
     _refuse_small_cache(request.options)
+    if prompt_cache is not None:
+        _refuse_small_cache(prompt_cache)
     if n > 1 and request.options.temp == 0:
         raise InputError(f"n is {n} without a temperature: all answers would be the same; give temp over 0")
     seed = request.options.seed
     assert seed is not None
-    cache = model.make_cache()
-    fill_cache(model, cache, request.ids[:-1], request.options.prefill_step_size)
+    cache, cached = prompt_cache.fork(request.ids) if prompt_cache else (model.make_cache(), 0)
+    fill_cache(model, cache, request.ids[cached:-1], request.options.prefill_step_size)
+    hidden = len(request.ids) - 1
     starts = []
     for i in range(n):
         own = replace(request, options=replace(request.options, seed=(seed + i) % 2**64))
-        row = Row(model, tokenizer, own, logits_processors, started_s, hidden_tokens=len(request.ids) - 1)
+        row = Row(model, tokenizer, own, logits_processors, started_s, hidden_tokens=hidden, cached_tokens=cached)
         starts.append(_Start(row, request.ids[-1:], cache, request.limit))
     return _run(model, starts, n, request.options.prefill_step_size)
 
@@ -131,12 +138,10 @@ def _read_row(
     return request
 
 
-def _refuse_small_cache(options: GenerateOptions) -> None:
+def _refuse_small_cache(source: GenerateOptions | PromptCache) -> None:
     for name in ("kv_bits", "max_kv_size"):
-        if getattr(options, name) is not None:
-            raise InputError(
-                f"{name} is {getattr(options, name)} in a batch; expected None: a batch keeps all in float"
-            )
+        if (value := getattr(source, name)) is not None:
+            raise InputError(f"{name} is {value} in a batch; expected None: a batch keeps all in float; leave it out")
 
 
 def _run(model: ArceeForCausalLM, starts: Sequence[_Start], max_batch_size: int, prefill_step: int) -> list[Answer]:

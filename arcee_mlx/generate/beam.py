@@ -18,10 +18,9 @@ from ..checkpoint.tokenizer import Tokenizer
 from ..errors import InputError
 from ..model.decoder import ArceeForCausalLM
 from .options import GenerateOptions, StopReason
-from .prefill import fill_cache
+from .prefill import fill_cache, make_prompt_cache
 from .request import Prompt, Request, read_request
 from .sampling import LogitsProcessor, make_logits_processors
-from .stream import make_prompt_cache
 
 EarlyStopping = bool | Literal["never"]
 _NOT_FOR_BEAMS = ("temp", "top_k", "top_p", "min_p", "xtc_probability", "seed", "stop", "logprobs")

@@ -1,4 +1,4 @@
-"""Reading a prompt into a KV cache without asking what comes next."""
+"""KV caches: making the one that is asked for, and reading tokens into it without asking what comes next."""
 
 from __future__ import annotations
 
@@ -7,9 +7,19 @@ from typing import Any
 
 import mlx.core as mx
 
+from .. import upstream
 from ..model.decoder import ArceeForCausalLM
+from .options import GenerateOptions
 
 PromptProgress = Callable[[int, int], None]
+
+
+def make_prompt_cache(model: ArceeForCausalLM, options: GenerateOptions) -> list[Any]:
+    """The KV cache the options ask for, one entry a layer."""
+    if options.kv_bits is None:
+        return model.make_cache(options.max_kv_size)
+    quantized = upstream.mlx_lm_module("models.cache").QuantizedKVCache
+    return [quantized(group_size=options.kv_group_size, bits=options.kv_bits) for _ in model.layers]
 
 
 def fill_cache(

@@ -69,7 +69,12 @@ def read_request(
 
 
 def encode_prompt(
-    tokenizer: Tokenizer, prompt: Prompt, options: GenerateOptions | None = None, *, goes_on: bool = False
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    options: GenerateOptions | None = None,
+    *,
+    goes_on: bool = False,
+    is_open: bool = False,
 ) -> list[int]:
     """Token ids of a prompt in any of its three forms.
 
@@ -77,6 +82,7 @@ def encode_prompt(
         options: prefill_response and chat_template_config belong to messages and are refused with the other two.
         goes_on: the prompt goes on from tokens before it: text begins without begin-of-text token, and of messages
             only what stands from the last one's content on is taken, as mlx_lm.generate does with a prompt cache.
+        is_open: others will go on from this prompt: of messages the last is left open.
 
     Raises:
         InputError: it is none of the three.
@@ -87,7 +93,7 @@ def encode_prompt(
     if not isinstance(prompt, str):
         items = prompt.tolist() if isinstance(prompt, mx.array | np.ndarray) else list(prompt)
     if items and all(isinstance(item, Mapping) for item in items):
-        return _encode_messages(tokenizer, items, options, goes_on=goes_on)
+        return _encode_messages(tokenizer, items, options, goes_on=goes_on, is_open=is_open)
     for name in ("prefill_response", "chat_template_config"):
         if getattr(options, name):
             raise InputError(f"{name} with a prompt that is not messages; expected messages; put it into the prompt")
@@ -101,7 +107,7 @@ def encode_prompt(
 
 
 def _encode_messages(
-    tokenizer: Tokenizer, messages: list[Mapping[str, Any]], options: GenerateOptions, *, goes_on: bool
+    tokenizer: Tokenizer, messages: list[Mapping[str, Any]], options: GenerateOptions, *, goes_on: bool, is_open: bool
 ) -> list[int]:
     begun = options.prefill_response is not None
     answer = [{"role": "assistant", "content": options.prefill_response}] if begun else []
@@ -109,8 +115,8 @@ def _encode_messages(
     def render(messages: list[Mapping[str, Any]]) -> str:
         return tokenizer.apply_chat_template(
             [*messages, *answer],
-            add_generation_prompt=not begun,
-            continue_final_message=begun,
+            add_generation_prompt=not (begun or is_open),
+            continue_final_message=begun or is_open,
             template_variables=options.chat_template_config,
         )
 

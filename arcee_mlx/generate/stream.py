@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import mlx.core as mx
 
@@ -14,7 +13,8 @@ from ..checkpoint.tokenizer import Tokenizer
 from ..model.decoder import ArceeForCausalLM
 from .answer import GenerationChunk
 from .options import GenerateOptions
-from .prefill import PromptProgress
+from .prefill import PromptProgress, make_prompt_cache
+from .prompt_cache import PromptCache
 from .request import Prompt, Request, read_request
 from .row import Row
 from .sampling import LogitsProcessor
@@ -26,6 +26,7 @@ def generate(
     prompt: Prompt,
     options: GenerateOptions | None = None,
     *,
+    prompt_cache: PromptCache | None = None,
     logits_processors: Sequence[LogitsProcessor] = (),
 ) -> str:
     """Makes an answer and returns its text.
@@ -36,6 +37,8 @@ def generate(
         prompt: text, taken as it is; or messages ({"role": ..., "content": ...}), rendered by the checkpoint's chat
             template; or token ids.
         options: None takes the checkpoint's generation_config.json throughout.
+        prompt_cache: from `cache_prompt` or `load_prompt_cache`; what it has of the prompt is not computed again. One
+            from a file of mlx_lm's stands before the prompt instead; then penalties see the prompt's tokens only.
         logits_processors: functions (tokens so far (n,), logits (1, V)) -> logits (1, V), called in order for every
             new token, after the penalties and before the temperature.
 
@@ -44,7 +47,9 @@ def generate(
         TokenizerError: messages for a checkpoint without a chat template, or a template that fails.
         CallbackError: one of logits_processors raised, or did not return logits; the message names it.
     """
-    chunks = stream_generate(model, tokenizer, prompt, options, logits_processors=logits_processors)
+    chunks = stream_generate(
+        model, tokenizer, prompt, options, prompt_cache=prompt_cache, logits_processors=logits_processors
+    )
     return "".join(chunk.text for chunk in chunks)
 
 
@@ -54,6 +59,7 @@ def stream_generate(
     prompt: Prompt,
     options: GenerateOptions | None = None,
     *,
+    prompt_cache: PromptCache | None = None,
     logits_processors: Sequence[LogitsProcessor] = (),
     prompt_progress: PromptProgress | None = None,
 ) -> Iterator[GenerationChunk]:
@@ -67,36 +73,35 @@ def stream_generate(
     See `generate` for the rest.
     """
     started_s = time.perf_counter()
-    request = read_request(model, tokenizer, prompt, options)
-    return _stream(model, tokenizer, request, logits_processors, started_s, prompt_progress or (lambda *_: None))
-
-
-def make_prompt_cache(model: ArceeForCausalLM, options: GenerateOptions) -> list[Any]:
-    """The KV cache the options ask for, one entry a layer."""
-    if options.kv_bits is None:
-        return model.make_cache(options.max_kv_size)
-    quantized = upstream.mlx_lm_module("models.cache").QuantizedKVCache
-    return [quantized(group_size=options.kv_group_size, bits=options.kv_bits) for _ in model.layers]
+    unseen = prompt_cache.unseen_tokens if prompt_cache else 0
+    request = read_request(model, tokenizer, prompt, options, unseen_tokens=unseen)
+    if prompt_cache is not None:
+        prompt_cache.check_fits(request.options)
+    return _stream(
+        model, tokenizer, request, prompt_cache, logits_processors, started_s, prompt_progress or (lambda *_: None)
+    )
 
 
 def _stream(
     model: ArceeForCausalLM,
     tokenizer: Tokenizer,
     request: Request,
+    prompt_cache: PromptCache | None,
     own_processors: Sequence[LogitsProcessor],
     started_s: float,
     prompt_progress: PromptProgress,
 ) -> Iterator[GenerationChunk]:
     generate_step = upstream.mlx_lm_module("generate").generate_step
     options = request.options
-    row = Row(model, tokenizer, request, own_processors, started_s)
+    cache, cached = prompt_cache.fork(request.ids) if prompt_cache else (make_prompt_cache(model, options), 0)
+    row = Row(model, tokenizer, request, own_processors, started_s, hidden_tokens=cached, cached_tokens=cached)
     steps = generate_step(
-        mx.array(request.ids),
+        mx.array(request.ids[cached:]),
         model,
         max_tokens=request.limit,
         sampler=row.sampler,
         logits_processors=row.processors,
-        prompt_cache=make_prompt_cache(model, options),
+        prompt_cache=cache,
         prefill_step_size=options.prefill_step_size,
         prompt_progress_callback=prompt_progress,
     )

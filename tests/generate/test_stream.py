@@ -11,8 +11,8 @@ import pytest
 
 import arcee_mlx
 from arcee_mlx import ArceeForCausalLM, GenerateOptions, GenerationChunk, InputError, Tokenizer, TokenizerError
+from arcee_mlx.generate.prefill import make_prompt_cache
 from arcee_mlx.generate.request import encode_prompt
-from arcee_mlx.generate.stream import make_prompt_cache
 from conftest import write_checkpoint
 
 Loaded = tuple[ArceeForCausalLM, Tokenizer]
