@@ -10,6 +10,7 @@ from .program import run_reporting
 
 COMMANDS = {
     "generate": ("arcee_mlx.generate.command", "write text with an Arcee model"),
+    "cache-prompt": ("arcee_mlx.generate.cache_command", "read a long prompt once, for later answers"),
     "convert": ("arcee_mlx.conversion.command", "convert a Hugging Face checkpoint to quantized MLX"),
     "bench": ("arcee_mlx.bench", "measure speed as a ratio against mlx-lm"),
 }

@@ -83,9 +83,9 @@ class Answer:
     top_logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
 
 
-def join_chunks(chunks: Sequence[GenerationChunk]) -> Answer:
-    """The answer that all chunks, at least one, makes up."""
-    reason = chunks[-1].stop_reason
+def join_chunks(chunks: Sequence[GenerationChunk], *, cancelled: bool = False) -> Answer:
+    """The answer that chunks, at least one, make up: all of them unless the caller cancelled it."""
+    reason: StopReason | None = "cancelled" if cancelled else chunks[-1].stop_reason
     assert reason is not None
     return Answer(
         text="".join(chunk.text for chunk in chunks),

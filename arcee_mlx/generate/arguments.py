@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     _add_sampling_arguments(parser)
     _add_answer_arguments(parser)
-    _add_memory_arguments(parser)
+    memory = add_memory_arguments(parser)
+    memory.add_argument("--prompt-cache-file", metavar="FILE", help="from `arcee-mlx cache-prompt` or mlx_lm's")
     output = parser.add_argument_group("output")
     output.add_argument(
         "--json", action="store_true", help="one JSON object on standard output at the end, for programs"
@@ -105,9 +106,9 @@ def _add_answer_arguments(parser: argparse.ArgumentParser) -> None:
     answer.add_argument("--num-return-sequences", type=int, metavar="N", help="of beams: answers to print (1)")
 
 
-def _add_memory_arguments(parser: argparse.ArgumentParser) -> None:
+def add_memory_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Adds what says how keys and values are kept; returns the group."""
     memory = parser.add_argument_group("memory")
-    memory.add_argument("--prompt-cache-file", metavar="FILE", help="from `arcee-mlx cache-prompt` or mlx_lm's")
     memory.add_argument(
         "--max-kv-size", type=int, metavar="N", help="keep the first 4 and the newest tokens only, N in all"
     )
@@ -116,6 +117,7 @@ def _add_memory_arguments(parser: argparse.ArgumentParser) -> None:
     memory.add_argument(
         "--prefill-step-size", type=int, default=2048, metavar="N", help="prompt tokens at a time (2048)"
     )
+    return memory
 
 
 def read_options(args: argparse.Namespace) -> GenerateOptions:

@@ -7,77 +7,138 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ..checkpoint.loading import DEMO_MODEL, load
+from ..checkpoint.tokenizer import Tokenizer
 from ..errors import InputError
-from .answer import GenerationChunk
+from ..model.decoder import ArceeForCausalLM
+from .answer import Answer, GenerationChunk, TokenLogprob, join_chunks
 from .arguments import add_arguments, read_options
-from .prefill import PromptProgress
+from .batch import generate_answers
+from .beam import Beam, beam_search
+from .opening import make_prompt, open_model, read_prompt, show_progress
+from .options import GenerateOptions
+from .prompt_cache import load_prompt_cache
 from .request import Prompt
 from .stream import stream_generate
 
 __all__ = ["add_arguments", "run"]
 
-DEMO_PROMPT = "Tell me about the sea."
+_BEAM_ARGUMENTS = ("length_penalty", "early_stopping", "num_return_sequences")
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs `generate` as parsed; returns the exit status. Ctrl-C ends it with what was made, and 130."""
     options = read_options(args)
-    text = _read_prompt(args)
-    if args.raw and args.system_prompt is not None:
-        raise InputError("--system-prompt with --raw: a raw prompt has no system message; leave one of them out")
-    if args.model is None and not args.quiet:
-        print(
-            "No --model given: using the small bundled demo. For real work: --model arcee-ai/AFM-4.5B", file=sys.stderr
-        )
-    model, tokenizer = load(args.model or DEMO_MODEL, args.revision, args.dtype)
-    prompt: Prompt = text
-    if tokenizer.has_chat_template and not args.raw and text:
-        system = [] if args.system_prompt is None else [{"role": "system", "content": args.system_prompt}]
-        prompt = [*system, {"role": "user", "content": text}]
-    elif args.system_prompt is not None:
-        raise InputError(
-            "--system-prompt: this checkpoint has no chat template to put it into; make it part of the prompt"
-        )
-    progress = None if args.quiet else _prompt_progress()
-    chunks = stream_generate(model, tokenizer, prompt, options, prompt_progress=progress)
-    return _print_answer(chunks, args)
+    text = read_prompt(args)
+    _refuse_contradictions(args)
+    model, tokenizer = open_model(args)
+    cache = None
+    if args.prompt_cache_file is not None:
+        cache = load_prompt_cache(args.prompt_cache_file, model, tokenizer, model_name=args.model)
+    prompt = make_prompt(args, tokenizer, text, goes_on=cache is not None and cache.ids is None)
+    if args.num_beams > 1:
+        return _print_beams(_search(args, model, tokenizer, prompt, options), args)
+    if args.n > 1:
+        answers = generate_answers(model, tokenizer, prompt, options, n=args.n, prompt_cache=cache)
+        return _print_answers(answers, tokenizer, args)
+    chunks = stream_generate(model, tokenizer, prompt, options, prompt_cache=cache, prompt_progress=show_progress(args))
+    return _print_answer(chunks, tokenizer, args)
 
 
-def _print_answer(chunks: Iterator[GenerationChunk], args: argparse.Namespace) -> int:
-    texts: list[str] = []
-    tokens: list[int] = []
-    last: GenerationChunk | None = None
+def _refuse_contradictions(args: argparse.Namespace) -> None:
+    if args.logprobs and not args.json:
+        raise InputError("--logprobs without --json: there is no place for them in plain text; add --json")
+    if args.n < 1 or args.num_beams < 1:
+        raise InputError(f"-n is {args.n} and --num-beams {args.num_beams}; expected at least 1")
+    if args.num_beams > 1:
+        if args.n > 1 or args.prompt_cache_file is not None:
+            raise InputError("--num-beams with -n or --prompt-cache-file: a beam search does neither; leave it out")
+    elif given := [name for name in _BEAM_ARGUMENTS if getattr(args, name) is not None]:
+        raise InputError(f"--{given[0].replace('_', '-')} without --num-beams: expected it for a beam search only")
+
+
+def _search(
+    args: argparse.Namespace, model: ArceeForCausalLM, tokenizer: Tokenizer, prompt: Prompt, options: GenerateOptions
+) -> list[Beam]:
+    early_stopping = {None: False, "true": True, "false": False, "never": "never"}[args.early_stopping]
+    return beam_search(
+        model,
+        tokenizer,
+        prompt,
+        options,
+        num_beams=args.num_beams,
+        length_penalty=1.0 if args.length_penalty is None else args.length_penalty,
+        early_stopping=early_stopping,  # type: ignore[arg-type]
+        num_return_sequences=1 if args.num_return_sequences is None else args.num_return_sequences,
+    )
+
+
+def _print_answer(chunks: Iterator[GenerationChunk], tokenizer: Tokenizer, args: argparse.Namespace) -> int:
+    made: list[GenerationChunk] = []
     interrupted = False
     try:
         for chunk in chunks:
-            last = chunk
-            texts.append(chunk.text)
-            tokens.append(chunk.token)
+            made.append(chunk)
             if not args.json and chunk.text:
                 sys.stdout.write(chunk.text)
                 sys.stdout.flush()
     except KeyboardInterrupt:
         interrupted = True
-    if args.json:
-        print(json.dumps(_as_json(texts, tokens, last, interrupted), ensure_ascii=False))
-    else:
+    if not args.json:
         print()
-    if last is not None and not args.quiet:
-        _print_stats(last, interrupted)
+    elif made:
+        print(_dump(_as_json(join_chunks(made, cancelled=interrupted), tokenizer)))
+    else:
+        print(_dump({"text": "", "stop_reason": "cancelled", "tokens": []}))
+    if made and not args.quiet:
+        _print_stats(made[-1], interrupted)
     return 130 if interrupted else 0
 
 
-def _as_json(texts: list[str], tokens: list[int], last: GenerationChunk | None, interrupted: bool) -> dict[str, Any]:
-    reason = "cancelled" if interrupted or last is None else last.stop_reason
-    stats = {} if last is None else asdict(last.stats)
-    return {"text": "".join(texts), "stop_reason": reason, "tokens": tokens, **stats}
+def _print_answers(answers: Sequence[Answer], tokenizer: Tokenizer, args: argparse.Namespace) -> int:
+    if args.json:
+        print(_dump({"answers": [_as_json(answer, tokenizer) for answer in answers]}))
+    else:
+        _print_texts([answer.text for answer in answers])
+    if not args.quiet:
+        tokens = sum(len(answer.tokens) for answer in answers)
+        print(f"==========\n{len(answers)} answers, {tokens} tokens, seeds from {answers[0].stats.seed} on; peak memory "
+              f"{answers[-1].stats.peak_memory_bytes / 1e9:.3f} GB", file=sys.stderr)  # fmt: skip
+    return 0
+
+
+def _print_beams(beams: Sequence[Beam], args: argparse.Namespace) -> int:
+    if args.json:
+        print(_dump({"answers": [asdict(beam) for beam in beams]}))
+    else:
+        _print_texts([beam.text for beam in beams])
+    if not args.quiet:
+        print("==========\nScores: " + ", ".join(f"{beam.score:.4f}" for beam in beams), file=sys.stderr)
+    return 0
+
+
+def _print_texts(texts: Sequence[str]) -> None:
+    print("\n==========\n".join(texts))
+
+
+def _dump(value: dict[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _as_json(answer: Answer, tokenizer: Tokenizer) -> dict[str, Any]:
+    def readable(top: TokenLogprob) -> dict[str, Any]:
+        return {**asdict(top), "text": tokenizer.decode([top.token])}
+
+    values: dict[str, Any] = {"text": answer.text, "stop_reason": answer.stop_reason, "tokens": list(answer.tokens)}
+    if answer.logprobs:
+        values["logprobs"] = list(answer.logprobs)
+    if answer.top_logprobs:
+        values["top_logprobs"] = [[readable(top) for top in tops] for tops in answer.top_logprobs]
+    return {**values, **asdict(answer.stats)}
 
 
 def _print_stats(last: GenerationChunk, interrupted: bool) -> None:
@@ -88,53 +149,3 @@ def _print_stats(last: GenerationChunk, interrupted: bool) -> None:
     print(f"Generation: {stats.generation_tokens} tokens, {stats.generation_tokens_per_s:.1f} tokens/s, ended by "
           f"{'Ctrl-C' if interrupted else last.stop_reason}, seed {stats.seed}", file=sys.stderr)  # fmt: skip
     print(f"Peak memory: {stats.peak_memory_bytes / 1e9:.3f} GB", file=sys.stderr)
-
-
-def _prompt_progress() -> PromptProgress | None:
-    if not sys.stderr.isatty():
-        return None
-    from tqdm import tqdm
-
-    bars: list[Any] = []
-
-    def show(done: int, total: int) -> None:
-        if not bars:
-            bars.append(
-                tqdm(total=total, desc="Reading the prompt", unit="token", file=sys.stderr, leave=False, delay=1)
-            )
-        bars[0].update(done - bars[0].n)
-        if done == total:
-            bars[0].close()
-
-    return show
-
-
-def _read_prompt(args: argparse.Namespace) -> str:
-    given = [name for name in ("prompt_words", "prompt", "prompt_file") if getattr(args, name) not in (None, [])]
-    if len(given) > 1:
-        raise InputError("the prompt is given twice; expected it as an argument, with --prompt or with --prompt-file")
-    if args.prompt_file is not None:
-        try:
-            return args.prompt_file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"--prompt-file {args.prompt_file}: cannot be read ({error}); expected UTF-8 text"
-            ) from error
-    text = args.prompt if args.prompt is not None else " ".join(args.prompt_words)
-    if text == "-":
-        return _read_stdin()
-    if given:
-        return text
-    piped = "" if sys.stdin is None or sys.stdin.closed or os.isatty(sys.stdin.fileno()) else _read_stdin()
-    if piped:
-        return piped
-    if not args.quiet:
-        print(f"No prompt given: using {DEMO_PROMPT!r}", file=sys.stderr)
-    return DEMO_PROMPT
-
-
-def _read_stdin() -> str:
-    try:
-        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"standard input is not UTF-8 text ({error}); expected UTF-8") from error

@@ -10,12 +10,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import arcee_mlx
 from arcee_mlx.cli import main
-from arcee_mlx.generate import command
+from arcee_mlx.generate.arguments import add_arguments
+from arcee_mlx.generate.opening import read_prompt
 from conftest import write_checkpoint
 
 ARGUMENTS = ["--prompt", "Call me", "--max-tokens", "6", "--temp", "0"]
@@ -86,13 +88,13 @@ def test_the_prompt_comes_from_an_argument_a_file_or_standard_input(
 
 def test_piped_text_is_the_prompt_when_none_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
+    add_arguments(parser)
     reader, writer = os.pipe()
     os.write(writer, "über\n".encode())
     os.close(writer)
     with os.fdopen(reader) as pipe:
         monkeypatch.setattr(sys, "stdin", pipe)
-        assert command._read_prompt(parser.parse_args([])) == "über"
+        assert read_prompt(parser.parse_args([])) == "über"
 
 
 @pytest.mark.parametrize(
@@ -108,6 +110,19 @@ def test_piped_text_is_the_prompt_when_none_is_given(monkeypatch: pytest.MonkeyP
         (["--prompt-file", "/nonexistent/file"], "--prompt-file"),
         (["--prompt", "word " * 400], "positions of the model"),
         (["--prompt", "x", "--extra-eos-token", "<nothing>"], "extra_eos_tokens names"),
+        (["--prompt", "x", "--logit-bias", "five=1"], "--logit-bias is 'five=1'"),
+        (["--prompt", "x", "--logit-bias", "400=1"], "logit_bias names the id 400"),
+        (["--prompt", "x", "--chat-template-config", "{"], "--chat-template-config is not JSON"),
+        (["--prompt", "x", "--chat-template-config", "[]"], "expected a JSON object"),
+        (["--prompt", "x", "--raw", "--prefill-response", "y"], "prefill_response with a prompt that is not messages"),
+        (["--prompt", "x", "--logprobs"], "--logprobs without --json"),
+        (["--prompt", "x", "--xtc-threshold", "0.9"], "xtc_threshold is 0.9"),
+        (["--prompt", "x", "-n", "0"], "-n is 0"),
+        (["--prompt", "x", "-n", "2", "--temp", "0"], "n is 2 without a temperature"),
+        (["--prompt", "x", "--num-beams", "3", "-n", "2"], "--num-beams with -n"),
+        (["--prompt", "x", "--num-beams", "3", "--temp", "1"], "temp is 1.0 in a beam search"),
+        (["--prompt", "x", "--length-penalty", "2"], "--length-penalty without --num-beams"),
+        (["--prompt", "x", "--prompt-cache-file", "/nonexistent/file"], "prompt cache file /nonexistent/file"),
     ],
 )
 def test_a_mistake_is_one_clear_line_and_status_2(
@@ -118,6 +133,68 @@ def test_a_mistake_is_one_clear_line_and_status_2(
     assert captured.out == ""
     (line,) = captured.err.splitlines()
     assert line.startswith("error: ") and message in line
+
+
+def answer_of(checkpoint: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    assert generate(checkpoint, *arguments, "--json", "--quiet") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_options_of_the_answer_reach_it(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = answer_of(checkpoint, capsys, *ARGUMENTS)
+    biased = answer_of(checkpoint, capsys, *ARGUMENTS, "--logit-bias", "77=1e9", "--logit-bias", "78=5")
+    assert set(biased["tokens"]) == {77}
+    varied = answer_of(checkpoint, capsys, *ARGUMENTS, "--frequency-penalty", "9", "--presence-penalty", "9")
+    assert varied["stop_reason"] == plain["stop_reason"] == "max_tokens"
+    begun = answer_of(checkpoint, capsys, *ARGUMENTS, "--prefill-response", "Some years")
+    assert begun["prompt_tokens"] > plain["prompt_tokens"]
+    sampled = ["--prompt", "x", "--max-tokens", "20", "--temp", "1.5", "--seed", "1"]
+    xtc = answer_of(checkpoint, capsys, *sampled, "--xtc-probability", "1", "--xtc-threshold", "0.05")
+    assert xtc["tokens"] != answer_of(checkpoint, capsys, *sampled)["tokens"]
+
+
+def test_logprobs_are_in_the_object(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = answer_of(checkpoint, capsys, *ARGUMENTS, "--logprobs", "--top-logprobs", "2")
+    assert len(answer["logprobs"]) == len(answer["top_logprobs"]) == 6
+    for token, logprob, (first, second) in zip(
+        answer["tokens"], answer["logprobs"], answer["top_logprobs"], strict=True
+    ):
+        assert first == {"token": token, "logprob": logprob, "text": first["text"]}  # greedy
+        assert second["logprob"] <= logprob < 0
+
+
+def test_several_answers_are_printed_apart(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--prompt", "Call me", "--max-tokens", "6", "--temp", "1", "--seed", "3", "-n", "3"]
+    answers = answer_of(checkpoint, capsys, *arguments)["answers"]
+    assert [answer["seed"] for answer in answers] == [3, 4, 5]
+    assert generate(checkpoint, *arguments) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "\n==========\n".join(answer["text"] for answer in answers) + "\n"
+    assert "3 answers, 18 tokens, seeds from 3 on" in captured.err
+
+
+def test_beams_are_printed_the_best_first(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--prompt", "Call me", "--max-tokens", "6", "--num-beams", "4", "--num-return-sequences", "2"]
+    first, second = answer_of(checkpoint, capsys, *arguments, "--early-stopping", "never")["answers"]
+    assert first["score"] >= second["score"] and first["tokens"] != second["tokens"]
+    assert generate(checkpoint, *arguments, "--length-penalty", "0.5") == 0
+    captured = capsys.readouterr()
+    assert captured.out.count("\n==========\n") == 1 and "Scores: -" in captured.err
+
+
+def test_a_cached_prompt_gives_the_same_answer(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(tmp_path / "cache.safetensors")
+    cached = ["cache-prompt", "--model", str(checkpoint), "--prompt", "Call me", "--prompt-cache-file", file]
+    assert main(cached) == 0
+    assert f"{file}: " in capsys.readouterr().err
+    for prompt in ("Call me", "Call me Ishmael."):
+        arguments = ["--prompt", prompt, "--max-tokens", "6", "--temp", "0"]
+        cold = answer_of(checkpoint, capsys, *arguments)
+        warm = answer_of(checkpoint, capsys, *arguments, "--prompt-cache-file", file)
+        assert warm["text"] == cold["text"] and cold["cached_tokens"] == 0
+        assert warm["cached_tokens"] >= 4
 
 
 def test_an_unknown_option_is_status_2(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
