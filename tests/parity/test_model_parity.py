@@ -608,7 +608,7 @@ def test_masks_are_the_arrays_transformers_builds() -> None:
     embeds = torch.zeros(2, 6, 48)
     padding = np.array([[0, 0, 1, 1, 1, 1], [1, 1, 0, 1, 1, 0]])
     expected = create_causal_mask(config, embeds, torch.tensor(padding), None)
-    got = attention_mask_4d(mx.array(padding), 2, 6, 0, mx.float32, has_cache=False)
+    got = attention_mask_4d(mx.array(padding), 2, 4, 6, 0, mx.float32, has_cache=False).hidden
     np.testing.assert_array_equal(np.array(got), expected.numpy())
     positions = np.array([[0, 1, 2, 0, 1, 2], [4, 5, 0, 0, 1, 7]])
     expected = create_causal_mask(config, embeds, None, None, position_ids=torch.tensor(positions))
