@@ -1,5 +1,6 @@
 """arcee_mlx: Arcee's dense decoder (AFM-4.5B and its fine-tunes) on Apple Silicon through MLX."""
 
+from .checkpoint.function_schema import get_json_schema
 from .checkpoint.loading import DEMO_MODEL, load, load_model, save_checkpoint
 from .checkpoint.tokenizer import Tokenizer
 from .errors import (
@@ -60,10 +61,11 @@ __all__ = [
     "generate",
     "generate_answers",
     "generate_batch",
+    "get_json_schema",
     "load",
     "load_model",
-    "save_checkpoint",
     "load_prompt_cache",
+    "save_checkpoint",
     "save_prompt_cache",
     "stream_generate",
 ]

@@ -15,6 +15,7 @@ from arcee_mlx import Answer, CallbackError, GenerateOptions, InputError
 from arcee_mlx.generate.answer import join_chunks
 from arcee_mlx.generate.request import encode_prompt
 from arcee_mlx.upstream import mlx_lm_module
+
 from conftest import write_checkpoint
 
 Loaded = tuple[arcee_mlx.ArceeForCausalLM, arcee_mlx.Tokenizer]

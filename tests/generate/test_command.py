@@ -18,6 +18,7 @@ import arcee_mlx
 from arcee_mlx.cli import main
 from arcee_mlx.generate.arguments import add_arguments
 from arcee_mlx.generate.opening import read_prompt
+
 from conftest import write_checkpoint
 
 ARGUMENTS = ["--prompt", "Call me", "--max-tokens", "6", "--temp", "0"]

@@ -8,6 +8,7 @@ import pytest
 
 from arcee_mlx import GenerateOptions, InputError
 from arcee_mlx.generate.options import DEFAULT_MAX_TOKENS, context_tokens
+
 from conftest import tiny_config
 
 BAD = {

@@ -16,6 +16,7 @@ from arcee_mlx.generate.request import encode_prompt
 from arcee_mlx.generate.row import xtc_keeps
 from arcee_mlx.generate.sampling import Sampler, exclude_top_choices, make_logits_processors
 from arcee_mlx.upstream import mlx_lm_module
+
 from conftest import CHAT_TEMPLATE
 
 PROMPT = "Call me Ishmael."

@@ -14,6 +14,7 @@ import pytest
 import arcee_mlx
 from arcee_mlx import ArceeForCausalLM, GenerateOptions, GenerationChunk, InputError, PromptCache, Tokenizer
 from arcee_mlx.upstream import mlx_lm_module
+
 from conftest import flat, tiny_config, write_checkpoint
 
 Loaded = tuple[ArceeForCausalLM, Tokenizer]

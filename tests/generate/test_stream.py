@@ -13,6 +13,7 @@ import arcee_mlx
 from arcee_mlx import ArceeForCausalLM, GenerateOptions, GenerationChunk, InputError, Tokenizer, TokenizerError
 from arcee_mlx.generate.prefill import make_prompt_cache
 from arcee_mlx.generate.request import encode_prompt
+
 from conftest import write_checkpoint
 
 Loaded = tuple[ArceeForCausalLM, Tokenizer]

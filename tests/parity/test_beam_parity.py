@@ -25,8 +25,9 @@ PROMPTS = [[0, 17, 230, 44], [0, 9, 8, 7, 6, 5, 311, 312], [0]]
 def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
     """transformers' model, ours, and the tokenizer, over one checkpoint whose ends of text are often likely."""
     torch = pytest.importorskip("torch")
-    import arcee_mlx
     from parity.reference import saved, tiny
+
+    import arcee_mlx
 
     folder: Path = tmp_path_factory.mktemp("beam") / "m"
     theirs = saved(tiny(**VALUES), folder)
