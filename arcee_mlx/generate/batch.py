@@ -48,8 +48,9 @@ def generate_batch(
 ) -> list[Answer]:
     """Answers several prompts at once; an answer is that of `generate` alone, but for the order of float sums.
 
-    Where the two likeliest tokens are closer than that noise (about 1e-6 of the logits in float32, 1e-2 in bfloat16),
-    one may take the other's place and the answer goes on from it.
+    Where the two likeliest tokens are closer than that noise, one may take the other's place and the answer goes on
+    from it. Measured on a float32 model of the demo's shape: no noise at all with the BLAS of MLX's Linux wheel, 6e-6
+    of the logits' standard deviation with OpenBLAS, and in both all answers the same. Not measured on Metal.
 
     Args:
         prompts: each as in `generate`.
@@ -96,7 +97,7 @@ def generate_answers(
     """Samples n answers to one prompt, which is read once.
 
     Every answer gets a copy of the prompt's keys and values: n times the memory that one takes, and about half as much
-    again while they are copied (measured: 12.7 times at n=8). Answer i is the one that `generate` gives for the first answer's seed plus i.
+    again while they are copied (measured: 12.7 times at n=8). With `logprobs` they can be ranked. Answer i is the one that `generate` gives for the first answer's seed plus i.
 
     Args:
         n: how many; with more than one a temperature is needed.

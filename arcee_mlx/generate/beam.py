@@ -129,12 +129,17 @@ def _search(
             finished, going_on[0][1], length, request, num_beams, length_penalty, early_stopping
         ):
             break
-        rows = mx.array([parent for parent, _ in going_on])
-        for layer in cache:
-            layer.keys, layer.values = tree_map(lambda array, rows=rows: array[rows], (layer.keys, layer.values))
+        parents = [parent for parent, _ in going_on]
+        if parents != list(range(len(running))):
+            _take_rows(cache, mx.array(parents))
         running = [beam for _, beam in going_on]
         last = [beam.tokens[-1] for beam in running]
     return finished
+
+
+def _take_rows(cache: list[Any], rows: mx.array) -> None:
+    for layer in cache:
+        layer.keys, layer.values = tree_map(lambda array: array[rows], (layer.keys, layer.values))
 
 
 def _next_logprobs(

@@ -41,7 +41,8 @@ class GenerateOptions:
         seed: of the sampling, 0 to 2**64 - 1; None draws one.
         stop: strings that end the answer and are not part of it.
         extra_eos_tokens: texts of further single tokens that end the answer.
-        prefill_response: how the answer begins: the model goes on from there. For a prompt of messages only.
+        prefill_response: how the answer begins; the model goes on from there, and what it adds is what is given. For a
+            prompt of messages only.
         chat_template_config: further variables for the chat template. For a prompt of messages only.
         prefill_step_size: prompt tokens computed at a time.
         max_kv_size: keep the first 4 and the newest tokens only, so many in all. None keeps all.

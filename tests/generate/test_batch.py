@@ -71,7 +71,7 @@ def test_greedy_answers_are_those_of_one_by_one_unless_the_two_best_are_closer_t
             assert best - second <= 2 * noise
     spread = float(np.std(logits[0]))
     print(f"\nnoise {noise:.2g} of logits with deviation {spread:.2g}; {apart} of {len(answers)} answers differ")
-    assert noise < 1e-5 * spread
+    assert noise < 1e-4 * spread
 
 
 @pytest.mark.parametrize("max_batch_size", [1, 3, 32])

@@ -13,6 +13,7 @@ import pytest
 
 import arcee_mlx
 from arcee_mlx import ArceeForCausalLM, GenerateOptions, GenerationChunk, InputError, PromptCache, Tokenizer
+from arcee_mlx.generate.prompt_cache import _is_name_of
 from arcee_mlx.upstream import mlx_lm_module
 
 from conftest import flat, tiny_config, write_checkpoint
@@ -193,6 +194,20 @@ def test_a_cache_of_mlx_lms_with_another_name_is_refused(
     with pytest.raises(InputError, match="made with another model, that of 'arcee-ai/AFM-4.5B'"):
         arcee_mlx.load_prompt_cache(path, *loaded)
     assert arcee_mlx.load_prompt_cache(path, *loaded, model_name="arcee-ai/AFM-4.5B").ids is None
+
+
+@pytest.mark.parametrize(
+    ("made_with", "model_name", "folder", "same"),
+    [
+        ("arcee-ai/AFM-4.5B", None, "/hub/models--arcee-ai--AFM-4.5B/snapshots/0123", True),
+        ("arcee-ai/AFM-4.5B", None, "/hub/models--arcee-ai--AFM-4.5B-Base/snapshots/0123", False),
+        ("arcee-ai/AFM-4.5B", "arcee-ai/AFM-4.5B", "/models/afm", True),
+        ("/models/other/../afm", None, "/models/afm", True),
+        ("/models/afm", "arcee-ai/AFM-4.5B", "/models/afm-4bit", False),
+    ],
+)
+def test_a_name_means_a_model(made_with: str, model_name: str | None, folder: str, same: bool) -> None:
+    assert _is_name_of(made_with, model_name, Path(folder)) == same
 
 
 def test_a_cache_of_another_tokenizer_is_refused(loaded: Loaded, checkpoint: Path, tmp_path: Path) -> None:
