@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,34 +86,58 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     folder = Path(folder)
     if (folder / WEIGHTS_FILE).exists():
         return Checkpoint(folder, read_header(folder / WEIGHTS_FILE))
-    index_path = folder / INDEX_FILE
-    if not index_path.exists():
-        raise CheckpointError(_explain_no_weights(folder))
-    weight_map = read_json(index_path).get("weight_map")
+    if not (folder / INDEX_FILE).exists():
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: no such folder; expected a checkpoint folder; check the path")
+        raise CheckpointError(explain_no_weights(folder, [path.name for path in folder.iterdir()]))
+    weight_map = read_weight_map(folder)
+    headers = {name: read_header(folder / name) for name in dict.fromkeys(weight_map.values())}
+    for problem in find_disagreements(folder, weight_map, headers):
+        raise CheckpointError(problem)
+    return Checkpoint(folder, {tensor: headers[name][tensor] for tensor, name in weight_map.items()})
+
+
+def read_weight_map(folder: Path) -> dict[str, str]:
+    """Reads the index of a sharded checkpoint: tensor name -> file name.
+
+    Raises:
+        CheckpointError: the index is damaged, or names what is no safetensors file beside it.
+    """
+    path = folder / INDEX_FILE
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError(f"{index_path}: has no usable weight_map; expected names of tensors and files")
-    headers: dict[str, dict[str, TensorEntry]] = {}
+        raise CheckpointError(f"{path}: has no usable weight_map; expected names of tensors and files")
     for name in dict.fromkeys(weight_map.values()):
         # The links of a hub cache point elsewhere and are fine: it is the name that must stay inside the folder.
         if name != Path(name).name or name in ("", ".", "..") or "\\" in name or not name.endswith(".safetensors"):
             raise CheckpointError(
-                f"{index_path}: names the file {name!r}; expected a .safetensors file in the same folder; "
+                f"{path}: names the file {name!r}; expected a .safetensors file in the same folder; "
                 f"do not use this checkpoint"
             )
-        headers[name] = read_header(folder / name)
-    entries: dict[str, TensorEntry] = {}
+    return weight_map
+
+
+def find_disagreements(
+    folder: Path, weight_map: Mapping[str, str], headers: Mapping[str, Mapping[str, TensorEntry]]
+) -> Iterator[str]:
+    """What an index and the headers of its files say differently, in words; files without a header are passed over."""
     for tensor, name in weight_map.items():
-        if tensor not in headers[name]:
-            raise CheckpointError(
-                f"{folder / name}: has no tensor {tensor!r}, which {INDEX_FILE} says it has; download it again"
-            )
-        entries[tensor] = headers[name][tensor]
+        if name in headers and tensor not in headers[name]:
+            yield f"{folder / name}: has no tensor {tensor!r}, which {INDEX_FILE} says it has; download it again"
     for name, header in headers.items():
         if extra := sorted(tensor for tensor in header if weight_map.get(tensor) != name):
-            raise CheckpointError(
-                f"{folder / name}: holds {extra[0]!r}, which {INDEX_FILE} does not list; download both again"
-            )
-    return Checkpoint(folder, entries)
+            yield f"{folder / name}: holds {extra[0]!r}, which {INDEX_FILE} does not list; download both again"
+
+
+def explain_no_weights(folder: Path, names: Collection[str]) -> str:
+    """The error for a folder that has neither weights nor an index, by the names of its files."""
+    other = sorted(name for name in names if Path(name).suffix in (".bin", ".pt", ".pth", ".gguf", ".npz"))
+    if other:
+        return (
+            f"{folder}: holds {other[0]} but no {WEIGHTS_FILE}; only safetensors are read; save the model with "
+            f"transformers' save_pretrained first"
+        )
+    return f"{folder}: has no {WEIGHTS_FILE} and no {INDEX_FILE}; expected a Hugging Face or MLX checkpoint"
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
@@ -135,7 +159,21 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check the permissions") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path}: its header is damaged ({error}); download it again") from error
-    data_start = 8 + length
+    return read_table(path, table, 8 + length, size)
+
+
+def read_table(path: Path, table: Any, data_start: int, size: int) -> dict[str, TensorEntry]:
+    """Checks a safetensors file's table of contents, parsed from JSON, against the file's size.
+
+    Args:
+        path: of the file, which need not be here.
+        table: name -> {"dtype", "shape", "data_offsets"}.
+        data_start: byte offset of the first tensor.
+        size: of the file, in bytes.
+
+    Raises:
+        CheckpointError: the table is damaged or does not cover the file, or a dtype is not supported.
+    """
     entries = [
         _read_entry(path, name, value, data_start)
         for name, value in (table.items() if isinstance(table, dict) else ())
@@ -350,18 +388,6 @@ def _read_entry(path: Path, name: str, value: Any, data_start: int) -> TensorEnt
             f"{path}: {name!r} has {end - start} bytes; its shape {shape} and {dtype} need another number"
         )
     return TensorEntry(name, dtype, shape, path, data_start + start, data_start + end)
-
-
-def _explain_no_weights(folder: Path) -> str:
-    if not folder.is_dir():
-        return f"{folder}: no such folder; expected a checkpoint folder; check the path"
-    other = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".npz"))
-    if other:
-        return (
-            f"{folder}: holds {other[0]} but no {WEIGHTS_FILE}; only safetensors are read; save the model with "
-            f"transformers' save_pretrained first"
-        )
-    return f"{folder}: has no {WEIGHTS_FILE} and no {INDEX_FILE}; expected a Hugging Face or MLX checkpoint"
 
 
 def _as_numpy(values: mx.array) -> np.ndarray:
