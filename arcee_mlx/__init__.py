@@ -1,6 +1,7 @@
 """arcee_mlx: Arcee's dense decoder (AFM-4.5B and its fine-tunes) on Apple Silicon through MLX."""
 
 from .checkpoint.loading import DEMO_MODEL, load, load_model, save_checkpoint
+from .checkpoint.function_schema import get_json_schema
 from .checkpoint.tokenizer import Tokenizer
 from .errors import (
     ArceeError,
@@ -34,6 +35,7 @@ __all__ = [
     "Tokenizer",
     "TokenizerError",
     "generate",
+    "get_json_schema",
     "load",
     "load_model",
     "save_checkpoint",

@@ -6,7 +6,6 @@ only. jinja2 is imported when the first template is rendered, not before.
 Where this differs from transformers, on purpose:
 - a value that is not JSON is refused; transformers shows the template a placeholder such as `<datetime>`;
 - a `chat_template` argument that is neither a known name nor has a brace in it is a mistyped name, not a template;
-- `tools` takes JSON schemas, not Python functions (yet);
 - the mark of `continue_final_message` never stays behind where a template prints the last message twice.
 
 Source: transformers 5.23, utils/chat_template_utils.py and tokenization_utils_base.py (behaviour, not code).
@@ -15,16 +14,19 @@ Source: transformers 5.23, utils/chat_template_utils.py and tokenization_utils_b
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, TokenizerError
+from .function_schema import get_json_schema
 
 if TYPE_CHECKING:
     from jinja2 import Environment, Template
+
+Tool = Mapping[str, Any] | Callable[..., Any]
 
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"
@@ -75,7 +77,7 @@ def render_chat(
     templates: Mapping[str, str],
     messages: Sequence[Mapping[str, Any]],
     *,
-    tools: Sequence[Mapping[str, Any]] | None = None,
+    tools: Sequence[Tool] | None = None,
     documents: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = False,
     continue_final_message: bool | str = False,
@@ -88,7 +90,7 @@ def render_chat(
         templates: Template texts by name, as `read_chat_templates` gives them.
         messages: The conversation, oldest first: mappings with a `role` (str) and a `content` (str, list of blocks, or
             None). A key whose value is None reaches the template as a missing key.
-        tools: JSON schemas of the tools the model may call. Where there is a template `tool_use`, tools pick it.
+        tools: What the model may call: JSON schemas, or Python functions (see `get_json_schema`). Where there is a template `tool_use`, tools pick it.
         documents: Mappings for templates that read retrieved documents, usually with `title` and `text`.
         add_generation_prompt: Ends the prompt with the header of the assistant's next message.
         continue_final_message: Ends the prompt inside the last message, for the model to go on with. True continues
@@ -106,7 +108,7 @@ def render_chat(
     name, text = _choose(templates, chat_template, has_tools=tools is not None)
     chat = _read_messages(messages)
     given = {
-        "tools": _read_mappings("tools", tools),
+        "tools": _read_mappings("tools", _describe_tools(tools)),
         "documents": _read_mappings("documents", documents),
         "add_generation_prompt": add_generation_prompt,
     }
@@ -171,6 +173,12 @@ def _read_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     return chat
 
 
+def _describe_tools(tools: Any) -> Any:
+    if not isinstance(tools, list | tuple):
+        return tools
+    return [get_json_schema(tool) if callable(tool) else tool for tool in tools]
+
+
 def _read_mappings(what: str, values: Any) -> Any:
     """Copy a list of mappings as plain JSON values; None stays None."""
     if values is None:
@@ -178,11 +186,6 @@ def _read_mappings(what: str, values: Any) -> Any:
     if not isinstance(values, list | tuple):
         raise InputError(f"{what} is {_short(values)}; expected a list of mappings; wrap a single one in a list")
     for index, value in enumerate(values):
-        if callable(value):
-            raise InputError(
-                f"{what}[{index}] is the function {getattr(value, '__name__', value)!r}; expected a JSON schema "
-                '({"type": "function", "function": {...}}); write its schema out, functions are not converted yet'
-            )
         if not isinstance(value, Mapping):
             raise InputError(f"{what}[{index}] is {_short(value)}; expected a mapping such as a dict")
     return [_plain(value, f"{what}[{index}]") for index, value in enumerate(values)]

@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from ..errors import InputError, TokenizerError
-from .chat_template import TEMPLATE_FILE, TEMPLATE_FOLDER, read_chat_templates, render_chat
+from .chat_template import TEMPLATE_FILE, TEMPLATE_FOLDER, Tool, read_chat_templates, render_chat
 from .detokenizer import Detokenizer
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -192,7 +192,7 @@ class Tokenizer:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Tool] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = False,
         continue_final_message: bool | str = False,
@@ -218,7 +218,7 @@ class Tokenizer:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Tool] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = False,
         continue_final_message: bool | str = False,

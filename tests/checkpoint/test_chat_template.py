@@ -6,6 +6,7 @@ from enum import StrEnum
 import pytest
 
 from arcee_mlx.checkpoint.chat_template import read_chat_templates, render_chat
+from arcee_mlx.checkpoint.function_schema import get_json_schema
 from arcee_mlx.errors import InputError, TokenizerError
 
 USER = [{"role": "user", "content": "hi"}]
@@ -217,15 +218,34 @@ def test_messages_of_another_shape_are_refused_by_place(messages, reason):
         render(CHATML, messages)
 
 
-def test_functions_as_tools_are_refused_by_name():
-    def weather(city: str) -> str: ...
+def test_a_function_as_a_tool_is_its_schema():
+    def add(x: int, y: int = 1) -> int:
+        """Add numbers.
 
-    with pytest.raises(InputError, match=r"tools\[0\] is the function 'weather'; expected a JSON schema"):
-        render(CHATML, tools=[weather])
+        Args:
+            x: One.
+            y: Another.
+        """
+
+    shown = json.loads(render("{{ tools | tojson }}", tools=[add]))
+    assert shown == [get_json_schema(add)]
+    assert shown[0]["function"]["parameters"]["required"] == ["x"]
+
+
+def test_tools_and_documents_of_another_shape_are_refused():
+    with pytest.raises(InputError, match=r"tool weather has no docstring"):
+        render(CHATML, tools=[lambda_named("weather")])
     with pytest.raises(InputError, match=r"tools is dict"):
         render(CHATML, tools={"type": "function"})
     with pytest.raises(InputError, match=r"documents\[0\] is str"):
         render(CHATML, documents=["text"])
+
+
+def lambda_named(name):
+    def function(city: str) -> str: ...
+
+    function.__name__ = name
+    return function
 
 
 def test_the_generation_prompt_opens_the_next_message():
