@@ -13,6 +13,8 @@ from .errors import (
     TokenizerError,
 )
 from .generate import GenerateOptions, GenerationChunk, GenerationStats, generate, stream_generate
+from .inspection.results import Inspection
+from .inspection.run import inspect_checkpoint
 from .model.config import ArceeConfig
 from .model.decoder import ArceeForCausalLM, ArceeModel, BaseModelOutput, CausalLMOutput
 
@@ -32,10 +34,12 @@ __all__ = [
     "GenerationStats",
     "HubError",
     "InputError",
+    "Inspection",
     "Tokenizer",
     "TokenizerError",
     "generate",
     "get_json_schema",
+    "inspect_checkpoint",
     "load",
     "load_model",
     "save_checkpoint",

@@ -87,9 +87,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if (folder / WEIGHTS_FILE).exists():
         return Checkpoint(folder, read_header(folder / WEIGHTS_FILE))
     if not (folder / INDEX_FILE).exists():
-        if not folder.is_dir():
-            raise CheckpointError(f"{folder}: no such folder; expected a checkpoint folder; check the path")
-        raise CheckpointError(explain_no_weights(folder, [path.name for path in folder.iterdir()]))
+        if folder.is_dir():
+            raise CheckpointError(explain_no_weights(folder, [path.name for path in folder.iterdir()]))
+        raise CheckpointError(f"{folder}: no such folder; expected a checkpoint folder; check the path")
     weight_map = read_weight_map(folder)
     headers = {name: read_header(folder / name) for name in dict.fromkeys(weight_map.values())}
     for problem in find_disagreements(folder, weight_map, headers):
@@ -111,8 +111,7 @@ def read_weight_map(folder: Path) -> dict[str, str]:
         # The links of a hub cache point elsewhere and are fine: it is the name that must stay inside the folder.
         if name != Path(name).name or name in ("", ".", "..") or "\\" in name or not name.endswith(".safetensors"):
             raise CheckpointError(
-                f"{path}: names the file {name!r}; expected a .safetensors file in the same folder; "
-                f"do not use this checkpoint"
+                f"{path}: names the file {name!r}; expected a .safetensors file beside it; do not use this checkpoint"
             )
     return weight_map
 
@@ -130,13 +129,10 @@ def find_disagreements(
 
 
 def explain_no_weights(folder: Path, names: Collection[str]) -> str:
-    """The error for a folder that has neither weights nor an index, by the names of its files."""
-    other = sorted(name for name in names if Path(name).suffix in (".bin", ".pt", ".pth", ".gguf", ".npz"))
-    if other:
-        return (
-            f"{folder}: holds {other[0]} but no {WEIGHTS_FILE}; only safetensors are read; save the model with "
-            f"transformers' save_pretrained first"
-        )
+    """The error for a checkpoint without weights or index, by the names of its files."""
+    if other := sorted(name for name in names if Path(name).suffix in (".bin", ".pt", ".pth", ".gguf", ".npz")):
+        advice = "only safetensors are read; save the model with transformers' save_pretrained first"
+        return f"{folder}: holds {other[0]} but no {WEIGHTS_FILE}; {advice}"
     return f"{folder}: has no {WEIGHTS_FILE} and no {INDEX_FILE}; expected a Hugging Face or MLX checkpoint"
 
 
@@ -163,13 +159,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 
 def read_table(path: Path, table: Any, data_start: int, size: int) -> dict[str, TensorEntry]:
-    """Checks a safetensors file's table of contents, parsed from JSON, against the file's size.
-
-    Args:
-        path: of the file, which need not be here.
-        table: name -> {"dtype", "shape", "data_offsets"}.
-        data_start: byte offset of the first tensor.
-        size: of the file, in bytes.
+    """Checks a safetensors file's parsed table against its `size`; the file at `path` need not be here.
 
     Raises:
         CheckpointError: the table is damaged or does not cover the file, or a dtype is not supported.

@@ -58,7 +58,7 @@ class Listing:
 
     Attributes:
         folder: a local folder, or a snapshot in the hub's cache.
-        size_bytes: of every file that matters, by its name relative to the checkpoint.
+        size_bytes: of the files at the top level and of additional chat templates, by name; hidden ones left out.
         repo_id: the hub id; None for a local folder.
         commit: the full commit hash that a revision of the hub stands for; None for a local folder.
     """
@@ -108,13 +108,20 @@ def list_files(path_or_id: str | os.PathLike[str], *, revision: str | None = Non
     if isinstance(answer, Path):
         return Listing(answer, _local_sizes(answer), found.repo_id, answer.name)
     folder = _fetch(found, answer, show_progress=progress)
-    sizes = {name: size for name, size in answer.items() if "/" not in name or name.startswith(TEMPLATES)}
-    return Listing(folder, sizes, found.repo_id, folder.name)
+    return Listing(
+        folder, {name: answer[name] for name in sorted(answer) if _matters(name)}, found.repo_id, folder.name
+    )
 
 
 def _local_sizes(folder: Path) -> dict[str, int]:
-    paths = [*folder.iterdir(), *(folder / TEMPLATES).glob("*.jinja")]
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(paths) if path.is_file()}
+    paths = [path for path in (*folder.iterdir(), *(folder / TEMPLATES).glob("*.jinja")) if path.is_file()]
+    names = {path.relative_to(folder).as_posix(): path for path in sorted(paths)}
+    return {name: path.stat().st_size for name, path in names.items() if _matters(name)}
+
+
+def _matters(name: str) -> bool:
+    folder, _, base = name.rpartition("/")
+    return not base.startswith(".") and (not folder or (folder == TEMPLATES and base.endswith(".jinja")))
 
 
 def _locate(path_or_id: str | os.PathLike[str], revision: str | None, *, weights: bool) -> Path | Wanted:

@@ -110,7 +110,7 @@ def lay_out_model(config: ArceeConfig, checkpoint: Checkpoint, model_class: type
     Raises:
         ConfigError, InputError: see `load_model`.
     """
-    chosen = _choose_class(config, model_class)
+    chosen = choose_class(config, model_class)
     names = _map_names(checkpoint, chosen)
     tied = _tie(names, checkpoint, config) if chosen is ArceeForCausalLM else None
     state: Any = mx.random.state
@@ -119,6 +119,25 @@ def lay_out_model(config: ArceeConfig, checkpoint: Checkpoint, model_class: type
     mx.random.seed(high << 32 | low)
     _quantize_layers(model, names, config)
     return OpenedModel(config, checkpoint, names, model)
+
+
+def choose_class(config: ArceeConfig, asked: type[Any] | None = None) -> type[Model]:
+    """The class to load a checkpoint as: the one asked for, else the one that config.json names.
+
+    Raises:
+        ConfigError, InputError: see `load_model`.
+    """
+    if asked is not None:
+        if asked not in _CLASSES.values():
+            raise InputError(f"model_class is {asked!r}; expected {' or '.join(_CLASSES)}")
+        return asked
+    named = (config.architectures or ["ArceeForCausalLM"])[0]
+    if named not in _CLASSES:
+        raise ConfigError(
+            f"{config.source}: architectures names {named!r}; expected {' or '.join(_CLASSES)}; pass model_class "
+            f"to load the decoder of this checkpoint"
+        )
+    return _CLASSES[named]
 
 
 @dataclass(frozen=True)
@@ -185,20 +204,6 @@ def save_checkpoint(
             tokenizer.save(folder)
 
 
-def _choose_class(config: ArceeConfig, asked: type[Any] | None) -> type[Model]:
-    if asked is not None:
-        if asked not in _CLASSES.values():
-            raise InputError(f"model_class is {asked!r}; expected {' or '.join(_CLASSES)}")
-        return asked
-    named = (config.architectures or ["ArceeForCausalLM"])[0]
-    if named not in _CLASSES:
-        raise ConfigError(
-            f"{config.source}: architectures names {named!r}; expected {' or '.join(_CLASSES)}; pass model_class "
-            f"to load the decoder of this checkpoint"
-        )
-    return _CLASSES[named]
-
-
 def _map_names(checkpoint: Checkpoint, chosen: type[Model]) -> dict[str, str]:
     """The model's key -> the file's: base and causal prefixes mapped, stale tensors and other heads left out by name."""
     names = [name for name in checkpoint.entries if not name.endswith("rotary_emb.inv_freq")]
@@ -237,6 +242,8 @@ def _quantize_layers(model: Model, names: Mapping[str, str], config: ArceeConfig
     if not quantized:
         return
     table = config.quantization or {}
+    if not isinstance(table, dict):
+        raise ConfigError(f"{config.source}: quantization is {table!r}; expected an object; convert the model again")
     defaults = {key: table[key] for key in ("group_size", "bits", "mode") if key in table}
 
     def parameters(path: str, module: nn.Module) -> bool | dict[str, Any]:
@@ -253,7 +260,15 @@ def _quantize_layers(model: Model, names: Mapping[str, str], config: ArceeConfig
             )
         return dict(chosen)
 
-    nn.quantize(model, class_predicate=parameters)
+    try:
+        nn.quantize(model, class_predicate=parameters)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{config.source}: quantization is none that MLX has ({error}); expected its group_size, bits and mode; "
+            f"convert the model again"
+        ) from error
 
 
 def _refuse_misfits(checkpoint: Checkpoint, misfits: Misfits) -> None:
