@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs `inspect` as parsed; returns 0 if the checkpoint loads and 1 if it does not."""
     inspection = inspect_checkpoint(args.checkpoint, args.revision)
     if args.json:
-        print(json.dumps(inspection.to_dict(), ensure_ascii=False))
+        print(json.dumps(inspection.to_dict(), allow_nan=False))
     else:
         print(describe(inspection, width=min(max(shutil.get_terminal_size((100, 24)).columns, 60), 120)))
     return 0 if inspection.loads else 1
@@ -36,14 +36,19 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(inspection: Inspection, *, width: int = 100) -> str:
     """The inspection as aligned plain text, at most `width` characters wide where words can be broken."""
-    lines = [inspection.name + (f" at {inspection.commit}" if inspection.commit else ""), ""]
+    lines = [_escape(inspection.name) + (f" at {inspection.commit}" if inspection.commit else ""), ""]
     for label, rows in _sections(inspection):
-        for row in rows:
+        for row in map(_escape, rows):
             wrapped = textwrap.wrap(row, width - _INDENT, subsequent_indent="  ", drop_whitespace=True) or [""]
             for line in wrapped if len(row) > width - _INDENT else [row]:
                 lines.append(f"{label:<{_INDENT}}{line}".rstrip())
                 label = ""
     return "\n".join(lines)
+
+
+def _escape(text: str) -> str:
+    """Names and settings are the checkpoint's: what a terminal would act on is shown instead."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def _sections(inspection: Inspection) -> Iterator[tuple[str, Sequence[str]]]:

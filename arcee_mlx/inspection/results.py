@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from ..model.config import encode_special_floats
+
 Level = Literal["error", "warning", "note"]
 Topic = Literal["config", "rope", "weights", "tokenizer", "template", "generation", "files"]
 
@@ -163,10 +165,11 @@ class Inspection:
         return all(finding.level != "error" for finding in self.findings)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values, `loads` and `bits_per_weight` included."""
+        """As JSON values, `loads` and `bits_per_weight` included; infinities and NaN as transformers writes them."""
         values: dict[str, Any] = {"name": self.name, "loads": self.loads} | asdict(self)
         if self.weights is not None:
             stored = values["weights"]
             for amount in (stored["total"], *stored["parts"].values(), *stored["forms"].values()):
                 amount["bits_per_weight"] = Amount(**amount).bits_per_weight
-        return values
+        plain: dict[str, Any] = encode_special_floats(values)
+        return plain

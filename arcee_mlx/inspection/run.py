@@ -11,7 +11,6 @@ from typing import Any, get_args
 from ..checkpoint.files import INDEX_FILE
 from ..checkpoint.hub import Listing, list_files
 from ..checkpoint.loading import choose_class
-from ..errors import ConfigError
 from ..model.config import ArceeConfig
 from ..model.decoder import ArceeForCausalLM
 from .results import FileFacts, Finding, Inspection, Level
@@ -61,6 +60,7 @@ def inspect_checkpoint(path_or_id: str | os.PathLike[str], revision: str | None 
         findings += problems
         if weights is not None:
             findings += compare(config, headers, listing)
+        if weights is not None and context is not None:
             memory = estimate_memory(config, weights.total.size_bytes, context)
     tokenizer, sampling, problems = read_text_side(listing, config, is_needed=config is None or _is_causal(config))
     findings += problems
@@ -90,7 +90,7 @@ def inspect_checkpoint(path_or_id: str | os.PathLike[str], revision: str | None 
 def _is_causal(config: ArceeConfig) -> bool:
     try:
         return choose_class(config) is ArceeForCausalLM
-    except ConfigError:
+    except Exception:  # reported by `compare`
         return False
 
 

@@ -28,29 +28,35 @@ def read_settings(folder: Path) -> tuple[dict[str, Any], ArceeConfig | None, lis
         return {}, None, [Finding("error", "config", f"{error}{adapter}")]
     try:
         config = ArceeConfig.from_dict(values, source=str(path))
-    except ArceeError as error:
-        return values, None, [Finding("error", "config", str(error))]
-    except Exception as error:  # a value of a wrong type, wherever it is tripped over
-        text = f"{path}: cannot be read ({type(error).__name__}: {error}); expected the values of an Arcee model"
-        return values, None, [Finding("error", "config", text)]
+    except Exception as error:
+        return values, None, [Finding("error", "config", explain_refusal(error, str(path)))]
     kept = {key: values[key] for key in ("transformers_version",) if key in values}
     return config.to_dict() | kept, config, [*_compare_rope(values, config), *_compare_quantization(values)]
 
 
-def describe_context(config: ArceeConfig) -> tuple[Context, list[Finding]]:
+def explain_refusal(error: Exception, source: str) -> str:
+    """What an exception of reading or building says; a value of a wrong type is tripped over anywhere, by any kind."""
+    if isinstance(error, ArceeError):
+        return str(error)
+    return f"{source}: cannot be used ({type(error).__name__}: {error}); expected the values of an Arcee model"
+
+
+def describe_context(config: ArceeConfig) -> tuple[Context | None, list[Finding]]:
     """Positions and rotation, and whether the rotation can be computed at all."""
-    findings = []
-    embedding = RotaryEmbedding(config)
+    try:
+        embedding = RotaryEmbedding(config)
+        context = Context(
+            tokens=context_tokens(config),
+            rope=config.to_dict()["rope_parameters"],
+            attention_factor=float(embedding.attention_factor),
+        )
+    except Exception as error:
+        return None, [Finding("error", "rope", explain_refusal(error, config.source))]
     try:
         embedding.table(1)
     except ConfigError as error:
-        findings.append(Finding("error", "rope", str(error)))
-    context = Context(
-        tokens=context_tokens(config),
-        rope=config.to_dict()["rope_parameters"],
-        attention_factor=float(embedding.attention_factor),
-    )
-    return context, findings
+        return context, [Finding("error", "rope", str(error))]
+    return context, []
 
 
 def estimate_memory(config: ArceeConfig, weights_bytes: int, context: Context) -> Memory:

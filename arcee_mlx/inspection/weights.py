@@ -22,10 +22,11 @@ from ..checkpoint.files import (
 )
 from ..checkpoint.hub import Listing
 from ..checkpoint.loading import OpenedModel, choose_class, find_misfits, lay_out_model
-from ..errors import ArceeError, CheckpointError, ConfigError
+from ..errors import CheckpointError
 from ..model.config import ArceeConfig, read_json
 from ..model.decoder import ArceeModel
 from .results import Amount, Finding, Weights
+from .settings import explain_refusal
 
 _PARTS = {
     "embed_tokens": "embedding",
@@ -176,13 +177,13 @@ def compare(config: ArceeConfig, headers: Headers, listing: Listing) -> list[Fin
     laid_out = replace(config, tie_word_embeddings=False) if is_split and not has_values else config
     try:
         model_class = choose_class(config)
-    except ConfigError as error:
-        findings.append(Finding("error", "config", str(error)))
+    except Exception as error:
+        findings.append(Finding("error", "config", explain_refusal(error, config.source)))
         model_class = ArceeModel
     try:
         opened = lay_out_model(laid_out, checkpoint, model_class)
-    except ArceeError as error:
-        return [*findings, Finding("error", "weights", str(error))]
+    except Exception as error:
+        return [*findings, Finding("error", "weights", explain_refusal(error, config.source))]
     findings += _explain_misfits(opened, headers)
     if config.tie_word_embeddings and heads == {True}:
         findings.append(Finding("note", "weights", "tied, and stored as lm_head: the embedding is taken from it"))
@@ -234,7 +235,7 @@ def _explain_dtypes(config: ArceeConfig, opened: OpenedModel) -> list[Finding]:
 def _explain_table(config: ArceeConfig, opened: OpenedModel, listing: Listing) -> list[Finding]:
     """The index and the quantization table, and tensors that are passed over by name."""
     findings = []
-    table = config.quantization or {}
+    table = config.quantization if isinstance(config.quantization, Mapping) else {}
     quantized = {key.removesuffix(".scales") for key in opened.names if key.endswith(".scales")}
     layers = {key for key, value in table.items() if isinstance(value, Mapping)}
     if table and not quantized:
