@@ -270,6 +270,65 @@ Document {{ loop.index }}: {{ doc['title'] | default('untitled') | upper }}
 {% for block in message.content %}{% if block.type == 'text' %}{{ block.text }}{% else %}[{{ block.type }}]{% endif %}
 {% endfor %}{% endif %};
 {% endfor %}""",
+    "system inside the first user turn (Llama 2)": """{% if messages[0]['role'] == 'system' %}
+{% set loop_messages = messages[1:] %}{% set system_message = messages[0]['content'] %}
+{% else %}{% set loop_messages = messages %}{% set system_message = false %}{% endif %}
+{% for message in loop_messages %}
+{% if loop.index0 == 0 and system_message != false %}
+{% set content = '<<SYS>>\n' + system_message + '\n<</SYS>>\n\n' + message['content'] | string %}
+{% else %}{% set content = message['content'] | string %}{% endif %}
+{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}
+{% elif message['role'] == 'assistant' %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}
+{% endfor %}""",
+    "renamed roles (Gemma)": """{{ bos_token }}{% if messages[0]['role'] == 'system' %}
+{{ raise_exception('System role not supported') }}{% endif %}
+{% for message in messages %}{% if (message['role'] == 'assistant') %}{% set role = 'model' %}
+{% else %}{% set role = message['role'] %}{% endif %}
+{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}
+{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}""",
+    "role markers on lines (Zephyr)": """{% for message in messages %}
+{% if message['role'] == 'user' %}
+{{ '<|user|>\n' + message['content'] | string + eos_token }}
+{% elif message['role'] == 'system' %}
+{{ '<|system|>\n' + message['content'] | string + eos_token }}
+{% elif message['role'] == 'assistant' %}
+{{ '<|assistant|>\n'  + message['content'] | string + eos_token }}
+{% endif %}
+{% if loop.last and add_generation_prompt %}
+{{ '<|assistant|>' }}
+{% endif %}
+{% endfor %}""",
+    "tool calls in XML (Hermes, Qwen)": """{%- if tools %}
+    {{- '<|im_start|>system\n# Tools\n\n<tools>' }}
+    {%- for tool in tools %}
+        {{- "\n" }}
+        {{- tool | tojson }}
+    {%- endfor %}
+    {{- '\n</tools><|im_end|>\n' }}
+{%- endif %}
+{%- set ns = namespace(multi_step_tool=true, last_query_index=messages | length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages | length - 1) - loop.index0 %}
+    {%- if ns.multi_step_tool and message.role == "user" %}
+        {%- set ns.multi_step_tool = false %}
+        {%- set ns.last_query_index = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role }}
+    {%- if message.content is string %}{{- '\n' + message.content }}{%- endif %}
+    {%- if message.tool_calls %}
+        {%- for tool_call in message.tool_calls %}
+            {%- if tool_call.function %}{%- set tool_call = tool_call.function %}{%- endif %}
+            {{- '\n<tool_call>\n{"name": "' }}{{- tool_call.name }}{{- '", "arguments": ' }}
+            {%- if tool_call.arguments is string %}{{- tool_call.arguments }}
+            {%- else %}{{- tool_call.arguments | tojson }}{%- endif %}
+            {{- '}\n</tool_call>' }}
+        {%- endfor %}
+    {%- endif %}
+    {{- '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{{ ns.last_query_index }}{%- endif %}""",
 }
 
 CALL = {"type": "function", "function": {"name": "wetter", "arguments": {"ort": "Köln"}}}
