@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import CheckpointError, InputError
-from ..model.config import read_json
+from .shards import INDEX_FILE, WEIGHTS_FILE, explain_no_weights, find_disagreements, read_weight_map
 
-WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 _MAX_HEADER_BYTES = 100_000_000
 # safetensors' name -> MLX's dtype, and the numpy dtype its bytes are read as.
@@ -95,45 +94,6 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     for problem in find_disagreements(folder, weight_map, headers):
         raise CheckpointError(problem)
     return Checkpoint(folder, {tensor: headers[name][tensor] for tensor, name in weight_map.items()})
-
-
-def read_weight_map(folder: Path) -> dict[str, str]:
-    """Reads the index of a sharded checkpoint: tensor name -> file name.
-
-    Raises:
-        CheckpointError: the index is damaged, or names what is no safetensors file beside it.
-    """
-    path = folder / INDEX_FILE
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError(f"{path}: has no usable weight_map; expected names of tensors and files")
-    for name in dict.fromkeys(weight_map.values()):
-        # The links of a hub cache point elsewhere and are fine: it is the name that must stay inside the folder.
-        if name != Path(name).name or name in ("", ".", "..") or "\\" in name or not name.endswith(".safetensors"):
-            raise CheckpointError(
-                f"{path}: names the file {name!r}; expected a .safetensors file beside it; do not use this checkpoint"
-            )
-    return weight_map
-
-
-def find_disagreements(
-    folder: Path, weight_map: Mapping[str, str], headers: Mapping[str, Mapping[str, TensorEntry]]
-) -> Iterator[str]:
-    """What an index and the headers of its files say differently, in words; files without a header are passed over."""
-    for tensor, name in weight_map.items():
-        if name in headers and tensor not in headers[name]:
-            yield f"{folder / name}: has no tensor {tensor!r}, which {INDEX_FILE} says it has; download it again"
-    for name, header in headers.items():
-        if extra := sorted(tensor for tensor in header if weight_map.get(tensor) != name):
-            yield f"{folder / name}: holds {extra[0]!r}, which {INDEX_FILE} does not list; download both again"
-
-
-def explain_no_weights(folder: Path, names: Collection[str]) -> str:
-    """The error for a checkpoint without weights or index, by the names of its files."""
-    if other := sorted(name for name in names if Path(name).suffix in (".bin", ".pt", ".pth", ".gguf", ".npz")):
-        advice = "only safetensors are read; save the model with transformers' save_pretrained first"
-        return f"{folder}: holds {other[0]} but no {WEIGHTS_FILE}; {advice}"
-    return f"{folder}: has no {WEIGHTS_FILE} and no {INDEX_FILE}; expected a Hugging Face or MLX checkpoint"
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:

@@ -242,8 +242,6 @@ def _quantize_layers(model: Model, names: Mapping[str, str], config: ArceeConfig
     if not quantized:
         return
     table = config.quantization or {}
-    if not isinstance(table, dict):
-        raise ConfigError(f"{config.source}: quantization is {table!r}; expected an object; convert the model again")
     defaults = {key: table[key] for key in ("group_size", "bits", "mode") if key in table}
 
     def parameters(path: str, module: nn.Module) -> bool | dict[str, Any]:
@@ -260,15 +258,7 @@ def _quantize_layers(model: Model, names: Mapping[str, str], config: ArceeConfig
             )
         return dict(chosen)
 
-    try:
-        nn.quantize(model, class_predicate=parameters)
-    except ConfigError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{config.source}: quantization is none that MLX has ({error}); expected its group_size, bits and mode; "
-            f"convert the model again"
-        ) from error
+    nn.quantize(model, class_predicate=parameters)
 
 
 def _refuse_misfits(checkpoint: Checkpoint, misfits: Misfits) -> None:

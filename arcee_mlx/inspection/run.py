@@ -8,9 +8,9 @@ from dataclasses import replace
 from fnmatch import fnmatch
 from typing import Any, get_args
 
-from ..checkpoint.files import INDEX_FILE
 from ..checkpoint.hub import Listing, list_files
 from ..checkpoint.loading import choose_class
+from ..checkpoint.shards import INDEX_FILE
 from ..model.config import ArceeConfig
 from ..model.decoder import ArceeForCausalLM
 from .results import FileFacts, Finding, Inspection, Level
@@ -52,7 +52,7 @@ def inspect_checkpoint(path_or_id: str | os.PathLike[str], revision: str | None 
     values, config, findings = read_settings(listing.folder)
     headers, problems = read_headers(listing)
     findings += problems
-    table = values.get("quantization")
+    table = values.get("quantization") or values.get("quantization_config")
     weights = measure_weights(headers, table if isinstance(table, Mapping) else {})
     context = memory = None
     if config is not None:

@@ -38,7 +38,7 @@ def explain_refusal(error: Exception, source: str) -> str:
     """What an exception of reading or building says; a value of a wrong type is tripped over anywhere, by any kind."""
     if isinstance(error, ArceeError):
         return str(error)
-    return f"{source}: cannot be used ({type(error).__name__}: {error}); expected the values of an Arcee model"
+    return f"{source}: cannot be used ({type(error).__name__}: {error}); expected the config of an Arcee model"
 
 
 def describe_context(config: ArceeConfig) -> tuple[Context | None, list[Finding]]:
@@ -105,6 +105,4 @@ def _compare_quantization(values: Mapping[str, Any]) -> list[Finding]:
     ours, theirs = values.get("quantization"), values.get("quantization_config")
     if ours and theirs and ours != theirs:
         return [Finding("warning", "config", "quantization and quantization_config differ: quantization counts")]
-    if theirs and not ours:
-        return [Finding("warning", "config", "quantization_config without quantization: not used; MLX writes both")]
     return []

@@ -10,18 +10,14 @@ from typing import Any
 
 from ..checkpoint.files import (
     FLOATS,
-    INDEX_FILE,
-    WEIGHTS_FILE,
     Checkpoint,
     TensorEntry,
-    explain_no_weights,
-    find_disagreements,
     read_header,
     read_table,
-    read_weight_map,
 )
 from ..checkpoint.hub import Listing
 from ..checkpoint.loading import OpenedModel, choose_class, find_misfits, lay_out_model
+from ..checkpoint.shards import INDEX_FILE, WEIGHTS_FILE, explain_no_weights, find_disagreements, read_weight_map
 from ..errors import CheckpointError
 from ..model.config import ArceeConfig, read_json
 from ..model.decoder import ArceeModel
