@@ -1,7 +1,7 @@
 """arcee_mlx: Arcee's dense decoder (AFM-4.5B and its fine-tunes) on Apple Silicon through MLX."""
 
-from .checkpoint.loading import DEMO_MODEL, load, load_model, save_checkpoint
 from .checkpoint.function_schema import get_json_schema
+from .checkpoint.loading import DEMO_MODEL, load, load_model, save_checkpoint
 from .checkpoint.tokenizer import Tokenizer
 from .errors import (
     ArceeError,

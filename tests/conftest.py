@@ -14,6 +14,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from arcee_mlx import ArceeConfig, ArceeForCausalLM, save_checkpoint
+
 from loopback_hub import LoopbackHub
 
 TEXT = (

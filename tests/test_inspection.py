@@ -36,6 +36,7 @@ from arcee_mlx.checkpoint import files
 from arcee_mlx.cli import main
 from arcee_mlx.inspection.command import count_words, describe, size_words
 from arcee_mlx.model.config import ROPE_TYPES
+
 from conftest import CHAT_TEMPLATE, tiny_config, write_checkpoint, write_tokenizer
 from loopback_hub import LoopbackHub
 
@@ -247,7 +248,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "foreign key": (change_config(qk_norm=True), "config: config.json: qk_norm is True"),
     "unknown rope": (change_config(rope_parameters={"rope_type": "su"}), "rope_parameters.rope_type is 'su'"),
     "rope without factor": (change_config(rope_parameters={"rope_type": "linear"}), "rope_parameters.factor is 'nothing'"),
-    "value of a wrong type": (change_config(quantization_config=[1]), "config: config.json: "),
+    "value of a wrong type": (change_config(quantization_config=[1]), "quantization_config is [1]; expected"),
     "unknown class": (change_config(architectures=["Other"]), "config: config.json: architectures names 'Other'"),
     "pickles only": (replace_by_pickle, "weights: holds pytorch_model.bin but no model.safetensors"),
     "no weights": (lambda f: [p.unlink() for p in f.glob("model*")], "has no model.safetensors and no model.safetensors.i"),
@@ -268,11 +269,11 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
             put(UP_SCALES, mx.zeros((128, 2)))(f),
             change_config(quantization={"group_size": 32, "bits": 11})(f),
         ],
-        "config.json: ",
+        "quantization of 'model.layers.0.mlp.up_proj' is {",
     ),
     "quantization of another kind": (
         lambda f: [put(UP_SCALES, mx.zeros((128, 2)))(f), change_config(quantization="q4")(f)],
-        "config.json: ",
+        "quantization is 'q4'; expected an object",
     ),
     "missing shard": (sharded(lambda f: (f / SHARDS[1]).unlink()), f"weights: {SHARDS[1]}: no such file"),
     "damaged shard": (sharded(lambda f: os.truncate(f / SHARDS[0], 999)), f"weights: {SHARDS[0]}: is 999 bytes"),
@@ -296,7 +297,7 @@ def test_what_load_refuses_is_an_error_by_name(
 ) -> None:
     folder = copy(checkpoint, tmp_path / "copy")
     damage[0](folder)
-    with pytest.raises((ArceeError, AttributeError, TypeError, ValueError)):
+    with pytest.raises(ArceeError):
         load(folder)
         load_model(folder)
     inspection = inspect_checkpoint(folder)

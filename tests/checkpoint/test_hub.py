@@ -23,6 +23,7 @@ from huggingface_hub import constants
 import arcee_mlx.checkpoint.hub
 from arcee_mlx.checkpoint.hub import resolve_folder
 from arcee_mlx.errors import CheckpointError, HubError, InputError
+
 from loopback_hub import LoopbackHub
 
 PACKAGE_PARENT = Path(arcee_mlx.checkpoint.hub.__file__).parents[2]
