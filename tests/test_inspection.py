@@ -253,6 +253,8 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "pickles only": (replace_by_pickle, "weights: holds pytorch_model.bin but no model.safetensors"),
     "no weights": (lambda f: [p.unlink() for p in f.glob("model*")], "has no model.safetensors and no model.safetensors.i"),
     "truncated": (lambda f: os.truncate(f / "model.safetensors", 5000), "weights: model.safetensors: is 5000 bytes"),
+    "no tensors": (lambda f: mx.save_safetensors(str(f / "model.safetensors"), {}), "weights: missing: lm_head.weight"),
+    "empty index": (change_index(lambda v: v.update(weight_map={})), "weights: missing: lm_head.weight"),
     "no header": (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 99), "no whole safetensors file"),
     "missing tensor": (drop(Q_PROJ), f"weights: missing: {Q_PROJ} (128, 64)"),
     "missing head": (drop("lm_head.weight"), "missing: lm_head.weight (400, 64); the head cannot be made up"),
@@ -366,7 +368,7 @@ ODD: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "tied, one stored": (tied(lost="lm_head.weight"), "", ""),
     "tied, head stored": (tied(lost="model.embed_tokens.weight"), "note", "stored as lm_head: the embedding is taken"),
     "tied, both equal": (tied(head="equal"), "note", "tied, and stored twice"),
-    "tied, both differ": (tied(), "warning", "the file has two that differ: both are used"),
+    "tied, both differ": (tied(), "warning", "the files hold two that differ: both are used"),
     "stale frequencies": (put("model.layers.0.self_attn.rotary_emb.inv_freq", mx.zeros(16)), "note", "1 stale rotary_emb"),
     "other dtype": (change_config(dtype="bfloat16"), "warning", "config.json says bfloat16, the files hold float32"),
     "several dtypes": (

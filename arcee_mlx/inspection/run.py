@@ -58,7 +58,7 @@ def inspect_checkpoint(path_or_id: str | os.PathLike[str], revision: str | None 
     if config is not None:
         context, problems = describe_context(config)
         findings += problems
-        if weights is not None:
+        if weights is not None or headers.is_whole:
             findings += compare(config, headers, listing)
         if weights is not None and context is not None:
             memory = estimate_memory(config, weights.total.size_bytes, context)

@@ -20,7 +20,7 @@ from ..checkpoint.loading import OpenedModel, choose_class, find_misfits, lay_ou
 from ..checkpoint.shards import INDEX_FILE, WEIGHTS_FILE, explain_no_weights, find_disagreements, read_weight_map
 from ..errors import CheckpointError
 from ..model.config import ArceeConfig, read_json
-from ..model.decoder import ArceeModel
+from ..model.decoder import ArceeForCausalLM, ArceeModel
 from .results import Amount, Finding, Weights
 from .settings import explain_refusal
 
@@ -181,19 +181,24 @@ def compare(config: ArceeConfig, headers: Headers, listing: Listing) -> list[Fin
     except Exception as error:
         return [*findings, Finding("error", "weights", explain_refusal(error, config.source))]
     findings += _explain_misfits(opened, headers)
-    if config.tie_word_embeddings and heads == {True}:
-        findings.append(Finding("note", "weights", "tied, and stored as lm_head: the embedding is taken from it"))
-    elif is_split and not has_values:
-        text = "tied, yet embedding and head are both there; whether they are equal shows after the download"
-        findings.append(Finding("note", "weights", text))
-    elif is_split and "lm_head" in opened.model:
-        text = (
-            "config.json ties head and embedding, but the file has two that differ: both are used, as in transformers"
-        )
-        findings.append(Finding("warning", "weights", text))
-    elif is_split:
-        findings.append(Finding("note", "weights", "tied, and stored twice: the head's copy is not used"))
+    if isinstance(opened.model, ArceeForCausalLM) and config.tie_word_embeddings:
+        findings += _explain_tie(opened, heads, has_values=has_values)
     return findings + _explain_dtypes(config, opened) + _explain_table(config, opened, listing)
+
+
+def _explain_tie(opened: OpenedModel, heads: set[bool], *, has_values: bool) -> list[Finding]:
+    """What a tie of head and embedding comes to, by which of them are stored: {True} is the head, {False} the other."""
+    if heads == {True}:
+        return [Finding("note", "weights", "tied, and stored as lm_head: the embedding is taken from it")]
+    if heads != {True, False}:
+        return []
+    if not has_values:
+        text = "tied, yet embedding and head are both there; whether they are equal shows after the download"
+        return [Finding("note", "weights", text)]
+    if "lm_head" not in opened.model:
+        return [Finding("note", "weights", "tied, and stored twice: the head's copy is not used")]
+    text = "config.json ties head and embedding, but the files hold two that differ: both are used, as in transformers"
+    return [Finding("warning", "weights", text)]
 
 
 def _explain_misfits(opened: OpenedModel, headers: Headers) -> list[Finding]:
