@@ -30,6 +30,8 @@ from .generate import (
     save_prompt_cache,
     stream_generate,
 )
+from .inspection.results import Inspection
+from .inspection.run import inspect_checkpoint
 from .model.config import ArceeConfig
 from .model.decoder import ArceeForCausalLM, ArceeModel, BaseModelOutput, CausalLMOutput
 
@@ -52,6 +54,7 @@ __all__ = [
     "GenerationStats",
     "HubError",
     "InputError",
+    "Inspection",
     "PromptCache",
     "TokenLogprob",
     "Tokenizer",
@@ -62,6 +65,7 @@ __all__ = [
     "generate_answers",
     "generate_batch",
     "get_json_schema",
+    "inspect_checkpoint",
     "load",
     "load_model",
     "load_prompt_cache",

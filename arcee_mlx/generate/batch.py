@@ -97,7 +97,8 @@ def generate_answers(
     """Samples n answers to one prompt, which is read once.
 
     Every answer gets a copy of the prompt's keys and values: n times the memory that one takes, and about half as much
-    again while they are copied (measured: 12.7 times at n=8). With `logprobs` they can be ranked. Answer i is the one that `generate` gives for the first answer's seed plus i.
+    again while they are copied (measured: 12.7 times at n=8). Answer i is the one that `generate` gives for the first
+    answer's seed plus i. With `logprobs` they can be ranked: `max(answers, key=lambda a: sum(a.logprobs))`.
 
     Args:
         n: how many; with more than one a temperature is needed.
