@@ -40,7 +40,8 @@ def generate(
         prompt_cache: from `cache_prompt` or `load_prompt_cache`; what it has of the prompt is not computed again. One
             from a file of mlx_lm's stands before the prompt instead; then penalties see the prompt's tokens only.
         logits_processors: functions (tokens so far (n,), logits (1, V)) -> logits (1, V), called in order for every
-            new token, after the penalties and before the temperature.
+            new token, after the penalties and before the temperature. Steps run ahead, so they may be called for one
+            token more than there is.
 
     Raises:
         InputError: the prompt is empty, too long, or holds an id the model does not have; an option does not fit.
