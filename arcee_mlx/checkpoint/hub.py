@@ -49,15 +49,21 @@ _logger = logging.getLogger("arcee_mlx")
 
 
 def resolve_folder(
-    path_or_id: str | os.PathLike[str], *, revision: str | None = None, weights: bool = True, progress: bool = True
+    path_or_id: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    weights: bool = True,
+    adapter: bool = False,
+    progress: bool = True,
 ) -> Path:
-    """Return the local folder that holds a checkpoint, downloading it from the hub if it is named by its id.
+    """Return the local folder that holds a checkpoint or an adapter, downloading it if it is named by its hub id.
 
     Args:
         path_or_id: A folder (`~` is expanded) or a hub id, `name` or `org/name`. An existing folder wins; an
             `os.PathLike` and text that looks like a path are never taken for an id.
         revision: Branch, tag or full commit hash on the hub; None is the default branch. Not for a folder.
         weights: Fetch the safetensors too; False fetches the configuration, tokenizer and documents alone.
+        adapter: It is an adapter that is wanted: its configuration and safetensors.
         progress: Show huggingface_hub's progress bars, if standard error is a terminal.
 
     Returns:
@@ -92,7 +98,7 @@ def resolve_folder(
         ) from error
     if revision is not None and not _REVISION.fullmatch(revision):
         raise InputError(f"revision is {revision!r}; expected a branch, a tag or a full commit hash; correct it")
-    return _download(_Wanted(text, revision, weights), show_progress=progress)
+    return _download(_Wanted(text, revision, weights, adapter), show_progress=progress)
 
 
 def _existing_folder(text: str) -> Path | None:
@@ -101,8 +107,7 @@ def _existing_folder(text: str) -> Path | None:
     try:
         if not stat.S_ISDIR(folder.stat().st_mode):
             raise CheckpointError(
-                f"{text!r} is a file; expected a folder with config.json and {_WEIGHTS}; give the folder that holds"
-                f" it, {str(folder.parent)!r}"
+                f"{text!r} is a file; expected a folder; give the folder that holds it, {str(folder.parent)!r}"
             )
         # Reading the list and passing through are two permissions, and macOS keeps private folders from both.
         with os.scandir(folder) as entries:
@@ -127,10 +132,7 @@ def _no_folder_message(text: str) -> str:
     if "://" in text:
         return f"no such folder {text!r}; expected a folder or a hub id; give the id alone, as 'org/name'"
     if text.lower().endswith(_FILE_SUFFIXES):
-        return (
-            f"no such folder {text!r}; expected a folder with config.json and {_WEIGHTS}, not a file's name; give the"
-            f" folder that holds the file"
-        )
+        return f"no such folder {text!r}; expected a folder, not a file's name; give the folder that holds the file"
     return (
         f"no such folder {text!r}; expected an existing folder, or a hub id such as 'name' or 'org/name'; check the"
         f" spelling"
@@ -144,14 +146,23 @@ class _Wanted:
     repo_id: str
     revision: str | None
     weights: bool
+    adapter: bool
 
     def __str__(self) -> str:
         return f"{self.repo_id!r}" + (f" at revision {self.revision!r}" if self.revision else "")
 
     @property
+    def config(self) -> str:
+        return "adapter_config.json" if self.adapter else "config.json"
+
+    @property
+    def tensors(self) -> str:
+        return "adapter*.safetensors" if self.adapter else _WEIGHTS
+
+    @property
     def files(self) -> list[str]:
-        """Patterns of the files a model is loaded from."""
-        return [*_MODEL_FILES, _WEIGHTS] if self.weights else [*_MODEL_FILES]
+        """Patterns of the files a model or an adapter is loaded from."""
+        return [*([self.config] if self.adapter else _MODEL_FILES), *([self.tensors] if self.weights else [])]
 
     def choose(self, names: Iterable[str]) -> list[str]:
         from huggingface_hub.utils import filter_repo_objects
@@ -194,7 +205,7 @@ def _download(wanted: _Wanted, *, show_progress: bool) -> Path:
     if missing := _missing_files(folder, wanted):
         raise CheckpointError(
             f"repository {wanted} does not give {_few(missing)}; expected every file that {_INDEX} names, as"
-            f" {_WEIGHTS}; give another revision"
+            f" {wanted.tensors}; give another revision"
         )
     return folder
 
@@ -259,12 +270,12 @@ def _missing_files(folder: Path, wanted: _Wanted) -> list[str]:
         listed = [file.path for file in get_cached_repo_tree(wanted.repo_id, revision=folder.name)]
     except CachedRepoTreeNotFoundError:  # cached by an older huggingface_hub, or file by file
         listed = []
-    expected = {"config.json", *wanted.choose(listed)}
+    expected = {wanted.config, *wanted.choose(listed)}
     if wanted.weights:
-        shards = _shards_in_index(folder / _INDEX)
+        shards = set() if wanted.adapter else _shards_in_index(folder / _INDEX)
+        if not shards and not any(path.is_file() for path in folder.glob(wanted.tensors)):
+            shards = {"adapter_model.safetensors" if wanted.adapter else "model.safetensors"}
         expected |= shards
-        if not shards and not any(path.is_file() for path in folder.glob(_WEIGHTS)):
-            expected.add("model.safetensors")
     # A name that leads elsewhere is never looked up: shards lie beside their index.
     outside = {name for name in expected - set(listed) if Path(name).name != name}
     return sorted(outside | {name for name in expected - outside if not (folder / name).is_file()})
@@ -282,20 +293,18 @@ def _check_listing(wanted: _Wanted, names: Iterable[str]) -> None:
     names = sorted(names)
     if wanted.weights and not any(name.endswith(".safetensors") for name in wanted.choose(names)):
         found = [name for name in names if name.lower().endswith(_WEIGHT_SUFFIXES)]
-        if "adapter_config.json" in names:
-            remedy = "this is an adapter: load its base model, and the adapter onto it"
+        if "adapter_config.json" in names and not wanted.adapter:
+            remedy = "this is an adapter: load its base model, and give the adapter as adapter_path"
         elif any(name.endswith(".safetensors") for name in found):
             remedy = "save the model again with transformers' save_pretrained, which names the files so"
         else:
             remedy = "give a revision or repository that has safetensors, or convert it with transformers"
         raise CheckpointError(
-            f"repository {wanted} has {_few(found) if found else 'no weights'}; expected {_WEIGHTS} at its top level:"
-            f" only safetensors are read; {remedy}"
+            f"repository {wanted} has {_few(found) or 'no weights'}; expected {wanted.tensors} at its top level: only"
+            f" safetensors are read; {remedy}"
         )
-    if "config.json" not in names:
-        raise CheckpointError(
-            f"repository {wanted} has no config.json; expected a checkpoint as transformers saves it; check the id"
-        )
+    if wanted.config not in names:
+        raise CheckpointError(f"repository {wanted} has no {wanted.config}; expected it; check the id")
 
 
 def _few(names: list[str]) -> str:
