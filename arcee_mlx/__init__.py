@@ -1,7 +1,8 @@
 """arcee_mlx: Arcee's dense decoder (AFM-4.5B and its fine-tunes) on Apple Silicon through MLX."""
 
-from .checkpoint.loading import DEMO_MODEL, load, load_model, save_checkpoint
+from .checkpoint.adapters import fuse_adapter, save_peft_adapter, set_adapter
 from .checkpoint.function_schema import get_json_schema
+from .checkpoint.loading import DEMO_MODEL, load, load_model, save_checkpoint
 from .checkpoint.tokenizer import Tokenizer
 from .errors import (
     ArceeError,
@@ -34,10 +35,13 @@ __all__ = [
     "InputError",
     "Tokenizer",
     "TokenizerError",
+    "fuse_adapter",
     "generate",
     "get_json_schema",
     "load",
     "load_model",
     "save_checkpoint",
+    "save_peft_adapter",
+    "set_adapter",
     "stream_generate",
 ]

@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--model", metavar="PATH|ID", help="checkpoint folder or Hugging Face Hub id (default: the demo)"
     )
+    model.add_argument("--adapter-path", metavar="PATH|ID", help="LoRA or DoRA adapter to put on, mlx-lm's or PEFT's")
     model.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id")
     model.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16", "auto"),
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         print(
             "No --model given: using the small bundled demo. For real work: --model arcee-ai/AFM-4.5B", file=sys.stderr
         )
-    model, tokenizer = load(args.model or DEMO_MODEL, args.revision, args.dtype)
+    model, tokenizer = load(args.model or DEMO_MODEL, args.revision, args.dtype, adapter_path=args.adapter_path)
     prompt: Prompt = text
     if tokenizer.has_chat_template and not args.raw and text:
         system = [] if args.system_prompt is None else [{"role": "system", "content": args.system_prompt}]
