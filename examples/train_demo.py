@@ -34,6 +34,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from tqdm import tqdm
 
 from arcee_mlx import ArceeConfig, ArceeForCausalLM, save_checkpoint
+
 from demo_text import (
     BOS,
     CHAT_TEMPLATE,

@@ -118,7 +118,7 @@ def open_model(folder: Path, model_class: type[Model] | None = None) -> OpenedMo
     tied = _tie(names, checkpoint, config) if chosen is ArceeForCausalLM else None
     with upstream.keep_random_state():
         model = ArceeModel(config) if chosen is ArceeModel else ArceeForCausalLM(config, tied=tied)
-    _quantize_layers(model, names, config)
+        _quantize_layers(model, names, config)
     _check_tensors(model, names, checkpoint)
     return OpenedModel(config, checkpoint, names, model)
 
@@ -152,6 +152,7 @@ def save_checkpoint(
     values = model.config.to_dict() | {"architectures": [type(model).__name__], "dtype": dtypes.pop()}
     if isinstance(model, ArceeForCausalLM):
         values["tie_word_embeddings"] = "lm_head" not in model
+    values.pop("quantization", None)
     if table := _quantization_table(model):
         values["quantization"] = values["quantization_config"] = table
     with new_folder(Path(path), overwrite=overwrite) as folder:
@@ -210,26 +211,36 @@ def _tie(names: dict[str, str], checkpoint: Checkpoint, config: ArceeConfig) -> 
 def _quantize_layers(model: Model, names: Mapping[str, str], config: ArceeConfig) -> None:
     """Turns the layers that the file has quantized into quantized ones, by the file's keys and config's table."""
     quantized = {key.removesuffix(".scales") for key in names if key.endswith(".scales")}
-    if not quantized:
-        return
     table = config.quantization or {}
-    defaults = {key: table[key] for key in ("group_size", "bits", "mode") if key in table}
 
     def parameters(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if path not in quantized:
             return False
-        own = table.get(path, table.get(f"model.{path}"))
-        chosen = own if isinstance(own, dict) else defaults
-        if not {"group_size", "bits"} <= chosen.keys():
-            raise ConfigError(f"{config.source}: has no quantization for {path!r}, which is quantized in the file")
-        if module.weight.shape[-1] % chosen["group_size"]:
-            raise ConfigError(
-                f"{config.source}: quantization group_size {chosen['group_size']} does not divide the "
-                f"{module.weight.shape[-1]} inputs of {path!r}"
-            )
-        return dict(chosen)
+        # A base model may be in a causal checkpoint and the other way round.
+        owns = (table.get(name) for name in (path, f"model.{path}", path.removeprefix("model.")))
+        own = next((own for own in owns if isinstance(own, dict)), table)
+        chosen = {key: own[key] for key in ("group_size", "bits", "mode") if key in own}
+        _check_quantization(chosen, path, module.weight.shape[-1], config)
+        return chosen
 
-    nn.quantize(model, class_predicate=parameters)
+    if quantized:
+        nn.quantize(model, class_predicate=parameters)
+
+
+def _check_quantization(chosen: Mapping[str, Any], path: str, inputs: int, config: ArceeConfig) -> None:
+    group_size, bits, mode = chosen.get("group_size"), chosen.get("bits"), chosen.get("mode", "affine")
+    known = {"affine": ((32, 64, 128), (2, 3, 4, 5, 6, 8)), "mxfp4": ((32,), (4,)), "mxfp8": ((32,), (8,))}
+    known["nvfp4"] = ((16,), (4,))
+    group_sizes, allowed_bits = known.get(mode, ((), ())) if isinstance(mode, str) else ((), ())
+    if group_size not in group_sizes or bits not in allowed_bits:
+        raise ConfigError(
+            f"{config.source}: quantization of {path!r} is {dict(chosen)}; expected mode affine with group_size 32, 64 or "
+            f"128 and 2 to 8 bits, or mxfp4, mxfp8 or nvfp4 with theirs; the file and its config do not belong together"
+        )
+    if inputs % group_size:
+        raise ConfigError(
+            f"{config.source}: quantization group_size {group_size} does not divide the {inputs} inputs of {path!r}"
+        )
 
 
 def _check_tensors(model: Model, names: Mapping[str, str], checkpoint: Checkpoint) -> None:
@@ -276,11 +287,13 @@ def _compute_dtype(asked: mx.Dtype | str | None, config: ArceeConfig, checkpoint
     if asked is None and on_cpu:
         return mx.float32
     if asked is None or asked == "auto":
-        asked = config.dtype or next(e.dtype for e in checkpoint.entries.values() if e.dtype in FLOATS)
+        floats = (name for name in sorted(checkpoint.entries) if checkpoint.entries[name].dtype in FLOATS)
+        named = next(name for name in floats if not name.endswith("rotary_emb.inv_freq"))
+        asked = config.dtype or checkpoint.entries[named].dtype  # of the first by name, as transformers
     by_name = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
     by_name |= {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
     dtype = by_name.get(asked) if isinstance(asked, str) else asked
-    if dtype not in (mx.float32, mx.float16, mx.bfloat16):
+    if dtype is None or dtype not in (mx.float32, mx.float16, mx.bfloat16):
         raise InputError(f"dtype is {asked!r}; expected float32, float16, bfloat16, 'auto' or None")
     if on_cpu and dtype != mx.float32 and any(name.endswith(".scales") for name in checkpoint.entries):
         raise InputError(

@@ -5,7 +5,6 @@ Source: transformers 5.23, tokenization_utils_tokenizers.py and tokenization_uti
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from operator import index
@@ -13,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken
 
 from ..errors import InputError, TokenizerError
 from .chat_template import TEMPLATE_FILE, TEMPLATE_FOLDER, Tool, read_chat_templates, render_chat
 from .detokenizer import Detokenizer
+from .special_tokens import find_special_ids, read_optional_json, resolve_special_tokens
 
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FILES = (
     "tokenizer.json",
     "generation_config.json",
@@ -60,10 +58,12 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         raise TokenizerError(
             f"{path} cannot be read ({error}); expected a file of the tokenizers library; download it again"
         ) from error
-    config = _read_json(folder / "tokenizer_config.json")
-    special_ids = _special_ids(backend)  # a config can clear the flag of one of these, but decode goes on skipping it
+    config = read_optional_json(folder / "tokenizer_config.json")
+    special_ids = find_special_ids(
+        backend
+    )  # a config can clear the flag of one of these, but decode goes on skipping it
     try:
-        special_tokens = _resolve_special_tokens(folder, config, backend)
+        special_tokens = resolve_special_tokens(folder, config, backend)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise TokenizerError(
             f"{folder}: the special tokens cannot be read ({error}); expected each token as text or as an object with "
@@ -72,13 +72,13 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     backend.no_padding()
     backend.no_truncation()
     backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
-    model_config = _read_json(folder / "config.json")
-    generation_config = _read_json(folder / "generation_config.json")
+    model_config = read_optional_json(folder / "config.json")
+    generation_config = read_optional_json(folder / "generation_config.json")
     return Tokenizer(
         backend,
         folder=folder,
         special_tokens=special_tokens,
-        special_ids=special_ids | _special_ids(backend),
+        special_ids=special_ids | find_special_ids(backend),
         chat_templates=read_chat_templates(folder, config),
         generation_config=generation_config,
         eos_token_ids=_read_eos_token_ids(folder, generation_config, model_config),
@@ -291,68 +291,6 @@ class Tokenizer:
         return None if skip_special_tokens and checked in self._special_ids else self._backend.id_to_token(checked)
 
 
-def _resolve_special_tokens(folder: Path, config: Mapping[str, Any], backend: tokenizers.Tokenizer) -> dict[str, str]:
-    """Find the special tokens by name, and add to `backend` the tokens the config files have and it lacks."""
-    settings = dict(config)
-    if not settings.get("extra_special_tokens") and "additional_special_tokens" in settings:
-        settings["extra_special_tokens"] = settings.pop("additional_special_tokens")
-    listed = settings.get("added_tokens_decoder")
-    if listed is None:
-        older = _read_json(folder / "special_tokens_map.json")
-        if "extra_special_tokens" not in settings:
-            settings["extra_special_tokens"] = older.pop("additional_special_tokens", None)
-        if isinstance(more := older.get("extra_special_tokens"), list):
-            older["extra_special_tokens"] = [*(settings.get("extra_special_tokens") or []), *more]
-        settings |= older
-    if backend.padding is not None:
-        settings.setdefault("pad_token", backend.padding["pad_token"])
-
-    extra = settings.get("extra_special_tokens") or []
-    if isinstance(extra, dict):  # the model's own names, such as image_token
-        settings, extra = {**settings, **extra}, []
-    named = {
-        key: _added_token(value)
-        for key, value in settings.items()
-        if (key in _NAMED or key.endswith("_token") or key in (config.get("extra_special_tokens") or ()))
-        and isinstance(value, str | dict)
-    }
-    extra = [_added_token(token) for token in extra]
-    for token in extra:
-        token.special = True
-    names = {key: token.content for key, token in named.items()}
-    special = set(names.values())
-
-    if listed is not None:
-        stored = {int(i): _added_token(token) for i, token in listed.items()}
-    else:
-        known = special | {token.content for token in extra}
-        older_tokens = _read_json(folder / "added_tokens.json")
-        stored = {
-            i: AddedToken(text, normalized=text not in known, special=text in known) for text, i in older_tokens.items()
-        } | backend.get_added_tokens_decoder()
-    # Known tokens are added again: that is how the library takes over the flags that the config gives them. New ones
-    # get the next free ids, in the order of the ids they claim.
-    tokens = [stored[i] for i in sorted(stored)]
-    have = {token.content for token in [*tokens, *backend.get_added_tokens_decoder().values()]}
-    tokens += [token for token in [*named.values(), *extra] if token.content not in have]
-    for token in tokens:
-        token.special = token.special or token.content in special
-    backend.add_tokens(tokens)
-    return names
-
-
-def _special_ids(backend: tokenizers.Tokenizer) -> frozenset[int]:
-    return frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
-
-
-def _added_token(value: str | Mapping[str, Any]) -> AddedToken:
-    """Read a token as the files write it: its text, or an object with `content` and flags."""
-    if isinstance(value, str):
-        return AddedToken(value, special=True)
-    flags = {key: value[key] for key in ("single_word", "lstrip", "rstrip", "normalized", "special") if key in value}
-    return AddedToken(str(value["content"]), **flags)
-
-
 def _read_eos_token_ids(
     folder: Path, generation_config: Mapping[str, Any], model_config: Mapping[str, Any]
 ) -> list[int]:
@@ -394,17 +332,6 @@ def _tokenizer_files(folder: Path) -> set[Path]:
     """List the tokenizer's files in a folder, relative to it."""
     found = {Path(name) for name in _FILES if (folder / name).is_file()}
     return found | {path.relative_to(folder) for path in (folder / TEMPLATE_FOLDER).glob("*.jinja")}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; empty where the file is missing."""
-    try:
-        value = json.loads(path.read_bytes()) if path.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise TokenizerError(f"{path} cannot be read ({error}); expected JSON; download it again") from error
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path} holds a {type(value).__name__}; expected a JSON object; download it again")
-    return value
 
 
 def _each(ids: Iterable[int]) -> Iterable[int]:

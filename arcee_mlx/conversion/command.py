@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import resource
 import sys
-from typing import Any, NoReturn
+from typing import Any
 
 from ..errors import InputError
 from ..model.config import DTYPES
@@ -20,13 +19,6 @@ _REFUSED = {
     ("--upload-repo",): "upload the folder afterwards with `hf upload REPO FOLDER`",
     ("--trust-remote-code",): "code of a checkpoint is never run, and this model needs none",
 }
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A parser whose complaint is one line that can be read, without the usage above it."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     options = {"bits": arguments.q_bits, "group_size": arguments.q_group_size, "mode": arguments.q_mode}
     given = {name: value for name, value in options.items() if value is not None}
     if given and not arguments.quantize:
-        raise InputError("--no-quantize came with options of quantization; expected one or the other; leave one out")
+        names = ", ".join(f"--q-{name.replace('_', '-')}" for name in given)
+        raise InputError(f"--no-quantize came with {names}; expected one or the other; leave one out")
     recipe = Recipe(quantization=Quantization(**given) if arguments.quantize else None, dtype=arguments.dtype)
     conversion = convert(
         arguments.hf_path,
@@ -69,9 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         overwrite=arguments.force,
         progress=True,
     )
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    print(summarize(conversion, peak_bytes=peak_bytes), file=sys.stderr)
+    print(summarize(conversion), file=sys.stderr)
     print(conversion.folder)
     return 0
 

@@ -6,7 +6,7 @@ Groups never cross rows, so a slice gives exactly the bits that the whole matrix
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -22,7 +22,7 @@ SLICE_BYTES = 2**24
 _STREAMS = 2
 
 
-def convert_slices(tensors: Iterable[PlannedTensor]) -> Iterator[tuple[PlannedTensor, list[mx.array]]]:
+def convert_slices(tensors: Iterable[PlannedTensor]) -> Generator[tuple[PlannedTensor, list[mx.array]]]:
     """Reads tensors in slices of about 16 MB and converts them, at most four slices in memory at a time.
 
     Yields:
@@ -64,14 +64,13 @@ def has_non_finite(values: mx.array) -> bool:
     """
     if not values.size:
         return False
-    unsigned, signed, mx_unsigned, infinity = {
-        mx.float32: (np.uint32, np.int32, mx.uint32, 0x7F800000),
-        mx.float16: (np.uint16, np.int16, mx.uint16, 0x7C00),
-        mx.bfloat16: (np.uint16, np.int16, mx.uint16, 0x7F80),
+    unsigned, signed, sign, infinity = {
+        mx.float32: (mx.uint32, np.int32, 0x80000000, 0x7F800000),
+        mx.float16: (mx.uint16, np.int16, 0x8000, 0x7C00),
+        mx.bfloat16: (mx.uint16, np.int16, 0x8000, 0x7F80),
     }[values.dtype]
-    bits: np.ndarray = np.array(values.view(mx_unsigned), copy=False)
-    minus_infinity = infinity + int(np.iinfo(signed).max) + 1
-    return bool(bits.view(signed).max() >= infinity or bits.max() >= minus_infinity)
+    bits: np.ndarray = np.array(values.view(unsigned), copy=False)
+    return bool(bits.view(signed).max() >= infinity or bits.max() >= sign | infinity)
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import resource
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..checkpoint.files import open_checkpoint
-from ..checkpoint.loading import load_model
+from ..checkpoint.loading import open_model
 from ..errors import ArceeError, ConversionError
 from .recipes import PlannedTensor, Quantization
 
@@ -73,7 +74,7 @@ def verify(folder: Path, plan: Sequence[PlannedTensor]) -> None:
         wrong = sorted(name for name in found.keys() | planned.keys() if found.get(name) != planned.get(name))
         if wrong:
             raise ConversionError(f"{wrong[0]!r} is {found.get(wrong[0])}; expected {planned.get(wrong[0])}")
-        load_model(folder)  # lazily: every name and shape is checked and no weight is read
+        open_model(folder)
     except ArceeError as error:
         raise ConversionError(f"the converted files are not what was planned ({error}); nothing was kept") from error
 
@@ -86,8 +87,9 @@ def write_card(folder: Path, conversion: Conversion, source_folder: Path, *, hub
         metadata["base_model"] = hub_id
         if conversion.quantization is not None:
             metadata["base_model_relation"] = "quantized"
+    header = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in metadata.items())
     text = (
-        f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n\n"
+        f"---\n{header}---\n\n"
         f"# {conversion.source} for MLX\n\n"
         f"Converted from {conversion.source} to MLX's format by arcee_mlx ({conversion.form}). "
         f"What the model is and how it may be used is said by its makers, in the original's model card and licence.\n"
@@ -98,18 +100,13 @@ def write_card(folder: Path, conversion: Conversion, source_folder: Path, *, hub
         os.fsync(file.fileno())
 
 
-def summarize(conversion: Conversion, *, peak_bytes: int) -> str:
-    """A few lines for a person to read.
-
-    Args:
-        conversion: that has finished.
-        peak_bytes: the most memory the process has had resident.
-    """
+def summarize(conversion: Conversion) -> str:
+    """A few lines for a person to read, after the conversion."""
     lines = [
         f"source  {conversion.source}, {_gigabytes(conversion.source_bytes)}",
         f"output  {conversion.folder}, {_gigabytes(conversion.bytes)}",
         f"form    {conversion.form}; {conversion.bits_per_weight:.3f} bits per weight",
-        f"effort  {conversion.seconds:.1f} s, {_gigabytes(peak_bytes)} peak memory",
+        f"effort  {conversion.seconds:.1f} s, {_gigabytes(peak_memory_bytes())} peak memory",
     ]
     if conversion.float_layers:
         first, more = conversion.float_layers[0], len(conversion.float_layers) - 1
@@ -121,14 +118,28 @@ def summarize(conversion: Conversion, *, peak_bytes: int) -> str:
     return "\n".join(lines)
 
 
+def peak_memory_bytes() -> int:
+    """The most memory this process has had resident."""
+    try:
+        # ru_maxrss of Linux begins at what the starting process had (a notebook, say), and exec does not reset it.
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
 def _read_metadata(card: Path) -> dict[str, Any]:
     """The kept keys of a card's YAML header; none where there is no card or no header that can be read."""
-    try:
-        _, header, _ = card.read_text(encoding="utf-8").split("---\n", 2)
-        values = yaml.safe_load(header)
-    except (OSError, ValueError, yaml.YAMLError):
+    if not card.is_file():
         return {}
-    return {key: values[key] for key in _KEPT_METADATA if key in values} if isinstance(values, dict) else {}
+    from huggingface_hub import metadata_load
+
+    try:
+        values = metadata_load(card) or {}
+    except Exception:  # what a damaged header raises is the YAML library's own; a card stops no conversion
+        return {}
+    return {key: values[key] for key in _KEPT_METADATA if key in values}
 
 
 def _gigabytes(nbytes: int) -> str:

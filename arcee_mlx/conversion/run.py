@@ -12,29 +12,26 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import mlx.nn as nn
 from tqdm import tqdm
 
-from ..checkpoint import loading
 from ..checkpoint.files import (
     TensorEntry,
     TensorWriter,
     check_target,
     new_folder,
-    open_checkpoint,
     plan_shards,
     write_index,
     write_json,
 )
 from ..checkpoint.hub import resolve_folder
+from ..checkpoint.loading import OpenedModel, open_model
 from ..errors import ConversionError, InputError
-from ..model.config import ArceeConfig, read_config, read_json
-from ..model.decoder import ArceeForCausalLM, ArceeModel
+from ..model.config import ArceeConfig, read_json
+from ..model.decoder import ArceeForCausalLM
 from .quantize import convert_slices
 from .recipes import PlannedTensor, Quantization, Recipe, plan_tensors
 from .report import Conversion, verify, write_card
@@ -46,16 +43,6 @@ _CARRIED = (
 )  # fmt: skip
 _SPARE_BYTES = 2**24  # for headers, index, config and card
 _DTYPE_WORDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A float checkpoint, checked: `entries` are by the model's keys, `model` has its layers and no weights."""
-
-    folder: Path
-    config: ArceeConfig
-    entries: Mapping[str, TensorEntry]
-    model: nn.Module
 
 
 def convert(
@@ -89,9 +76,10 @@ def convert(
     started = time.perf_counter()
     _check_apart(folder, target)
     source = _open_source(folder)
-    dtype = recipe.dtype or _own_dtype(source)
+    entries = {key: source.checkpoint.entries[name] for key, name in source.names.items()}
+    dtype = recipe.dtype or _own_dtype(source.config, entries)
     layers = {path for path, module in source.model.named_modules() if hasattr(module, "to_quantized")}
-    plan = plan_tensors(source.entries, layers, recipe, dtype=dtype)
+    plan = plan_tensors(entries, layers, recipe, dtype=dtype)
     carried = sorted({p for pattern in _CARRIED for p in folder.glob(pattern) if p.is_file()})
     conversion = Conversion(
         source=hub_id or folder.resolve().name,
@@ -121,31 +109,20 @@ def convert(
     return replace(conversion, seconds=time.perf_counter() - started)
 
 
-def _open_source(folder: Path) -> _Source:
-    """Reads config and headers, and checks that together they are a float model that `load_model` loads."""
-    config, checkpoint = read_config(folder), open_checkpoint(folder)
-    if config.quantization or any(name.endswith(".scales") for name in checkpoint.entries):
+def _open_source(folder: Path) -> OpenedModel:
+    opened = open_model(folder)
+    if opened.config.quantization or any(name.endswith(".scales") for name in opened.names):
         raise ConversionError(
             f"{folder}: is quantized for MLX already; expected float weights; load it as it is, or convert the original "
             f"checkpoint it was made from"
         )
-    chosen = loading._choose_class(config, None)
-    names = loading._map_names(checkpoint, chosen)
-    high, low = mx.random.state[0].tolist()  # making layers draws from the global generator: put it back after
-    model: ArceeModel | ArceeForCausalLM
-    if chosen is ArceeModel:
-        model = ArceeModel(config)
-    else:
-        model = ArceeForCausalLM(config, tied=loading._tie(names, checkpoint, config))
-    mx.random.seed(high << 32 | low)
-    loading._check_tensors(model, names, checkpoint)
-    return _Source(folder, config, {key: checkpoint.entries[name] for key, name in names.items()}, model)
+    return opened
 
 
-def _own_dtype(source: _Source) -> str:
+def _own_dtype(config: ArceeConfig, entries: Mapping[str, TensorEntry]) -> str:
     """What config.json says the checkpoint was saved for, else what its largest tensor has."""
-    largest = max(source.entries.values(), key=lambda entry: entry.nbytes)
-    return source.config.dtype or _DTYPE_WORDS[largest.dtype]
+    largest = max(entries.values(), key=lambda entry: entry.nbytes)
+    return config.dtype or _DTYPE_WORDS[largest.dtype]
 
 
 def _float_layers(plan: Sequence[PlannedTensor], layers: set[str]) -> list[str]:
@@ -191,9 +168,9 @@ def _write_weights(folder: Path, plan: Sequence[PlannedTensor], *, progress: boo
     write_index(folder, written, sum(t.nbytes for t in plan))
 
 
-def _convert_config(source: _Source, quantization: Quantization | None, dtype: str) -> dict[str, Any]:
+def _convert_config(source: OpenedModel, quantization: Quantization | None, dtype: str) -> dict[str, Any]:
     """The source's own keys, with what the conversion changes: quantization, dtype, and a tie that the file denies."""
-    values = read_json(source.folder / "config.json")
+    values = read_json(source.checkpoint.folder / "config.json")
     for key in {"dtype", "torch_dtype"} & values.keys() or {"torch_dtype"}:
         values[key] = dtype
     if isinstance(source.model, ArceeForCausalLM):

@@ -29,10 +29,23 @@ _REQUIRED_ROPE_KEYS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
 }
-_NUMERIC_ROPE_KEYS = (
-    "rope_theta", "factor", "partial_rotary_factor", "attention_factor", "beta_fast", "beta_slow", "mscale",
-    "mscale_all_dim", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
-)  # fmt: skip
+# What each kind computes with: numbers, and those that may be null. Other keys are not read, whatever they hold.
+_ROPE_NUMBERS = {
+    "default": ("rope_theta",),
+    "linear": ("rope_theta", "factor", "partial_rotary_factor"),
+    "dynamic": ("rope_theta", "factor", "partial_rotary_factor"),
+    "yarn": ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor"),
+    "longrope": ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor"),
+    "llama3": (
+        "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+        "partial_rotary_factor",
+    ),
+    "proportional": ("rope_theta", "factor", "partial_rotary_factor"),
+}  # fmt: skip
+_ROPE_NULLABLE = {
+    "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+    "longrope": ("factor", "attention_factor"),
+}
 
 # Keys of other decoders that change what is computed. Here they may only be absent or have a value that changes
 # nothing: a model that was trained with one of them would be silently wrong without it.
@@ -184,10 +197,9 @@ class ArceeConfig:
             kept[key] = bool(values[key]) if values.get(key) is not None else getattr(cls, key)
         kept["dtype"] = _dtype_name(values.get("dtype") or values.get("torch_dtype"))
         kept["rope_parameters"] = _merge_rope(values, source)
-        if values.get("id2label") is not None:
-            kept["id2label"] = {int(key): str(value) for key, value in values["id2label"].items()}
-        elif isinstance(labels := values.get("num_labels"), int):
-            kept["id2label"] = {i: f"LABEL_{i}" for i in range(labels)}
+        # mlx-lm writes its table twice; older files may have the second only.
+        kept["quantization"] = values.get("quantization") or values.get("quantization_config")
+        kept["id2label"] = _read_labels(values, source)
         return cls(**kept, source=source)
 
     def to_dict(self) -> dict[str, Any]:
@@ -223,6 +235,8 @@ class ArceeConfig:
         for name in ("initializer_range", "rms_norm_eps", "attention_dropout"):
             if not _is_number(getattr(self, name)):
                 self._refuse(name, getattr(self, name), "a number")
+        if not isinstance(self.quantization, dict | None):
+            self._refuse("quantization", self.quantization, "an object, as mlx-lm writes it")
         for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
             if not isinstance(getattr(self, name), bool):
                 self._refuse(name, getattr(self, name), "true or false")
@@ -246,19 +260,15 @@ class ArceeConfig:
         for key in _REQUIRED_ROPE_KEYS.get(kind, ()):
             if key not in rope:
                 self._refuse(f"rope_parameters.{key}", "nothing", f"a value, which rope type {kind!r} needs")
-        may_be_null = {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
-        may_be_null |= {"factor"} if kind in ("yarn", "longrope", "default") else set()
-        for key in _NUMERIC_ROPE_KEYS:
-            value = rope.get(key)
-            if key in rope and not _is_number(value) and not (value is None and key in may_be_null):
-                self._refuse(f"rope_parameters.{key}", value, "a number")
+        for key in (*_ROPE_NUMBERS[kind], *_ROPE_NULLABLE.get(kind, ())):
+            may_be_null = key in _ROPE_NULLABLE.get(kind, ()) and rope.get(key) is None
+            if key in rope and not _is_number(rope[key]) and not may_be_null:
+                self._refuse(f"rope_parameters.{key}", rope[key], "a number")
         for key in ("short_factor", "long_factor") if kind == "longrope" else ():
             if not isinstance(rope[key], list) or not all(_is_number(x) for x in rope[key]):
                 self._refuse(f"rope_parameters.{key}", rope[key], "a list of numbers")
         if self.head_size % 2:
             self._refuse("head_dim", self.head_size, "an even number, which rotary embeddings need")
-        if kind == "dynamic" and int(self.head_size * rope.get("partial_rotary_factor", 1.0)) <= 2:
-            self._refuse("head_dim", self.head_size, "more than 2 rotated dimensions for rope type 'dynamic'")
         return rope
 
     def _refuse(self, name: str, got: Any, want: str) -> None:
@@ -277,7 +287,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: no such file; expected a checkpoint folder with {path.name}; check the path, or download it again"
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); expected JSON; download the file again") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: holds a {type(values).__name__}; expected a JSON object; download it again")
@@ -304,8 +314,9 @@ def _merge_rope(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     if values.get("partial_rotary_factor") is not None:
         rope.setdefault("partial_rotary_factor", values["partial_rotary_factor"])
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind in ("yarn", "longrope", "llama3") and "original_max_position_embeddings" in values:
-        rope["original_max_position_embeddings"] = values["original_max_position_embeddings"]
+    original = "original_max_position_embeddings"
+    if kind in ("yarn", "longrope", "llama3") and original in values and rope.get(original, 0) is not None:
+        rope[original] = values[original]
     return rope
 
 
@@ -317,19 +328,37 @@ def _refuse_foreign_keys(values: Mapping[str, Any], source: str) -> None:
                 f"step and would compute something else; remove the key if the model was trained without it"
             )
     window, length = values.get("sliding_window"), values.get("max_position_embeddings", 4096)
-    if window is not None and not (_is_int(window) and window >= length):
+    if window is not None and not (_is_int(window) and _is_int(length) and window >= length):
         raise ConfigError(
             f"{source}: sliding_window is {window!r}; expected null: Arcee's attention is full; remove the key if the "
             f"model was trained without a window"
         )
-    if any(kind != "full_attention" for kind in values.get("layer_types") or ()):
+    kinds = values.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
         raise ConfigError(f"{source}: layer_types has other kinds than 'full_attention'; expected full attention only")
     foreign = values.get("quantization_config")
-    if foreign is not None and (method := foreign.get("quant_method")) is not None and "quantization" not in values:
+    is_mlx = isinstance(foreign, dict) and (foreign.get("quant_method") is None or "quantization" in values)
+    if foreign is not None and not is_mlx:
         raise ConfigError(
-            f"{source}: quantization_config has quant_method {method!r}; expected float weights or MLX quantization; "
+            f"{source}: quantization_config is {foreign!r}; expected float weights or MLX quantization; "
             f"convert the original float checkpoint instead"
         )
+
+
+def _read_labels(values: Mapping[str, Any], source: str) -> dict[int, str] | None:
+    labels, count = values.get("id2label"), values.get("num_labels")
+    if labels is not None:
+        try:
+            return {int(key): str(value) for key, value in labels.items()}
+        except (AttributeError, ValueError) as error:
+            raise ConfigError(
+                f"{source}: id2label is {labels!r}; expected an object from class numbers to names; correct it"
+            ) from error
+    if count is None:
+        return None
+    if not _is_int(count) or count < 1:
+        raise ConfigError(f"{source}: num_labels is {count!r}; expected an integer of at least 1; correct it")
+    return {i: f"LABEL_{i}" for i in range(count)}
 
 
 def _dtype_name(value: Any) -> str | None:

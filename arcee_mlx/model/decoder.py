@@ -81,9 +81,11 @@ class Attention(nn.Module):
             out, probabilities = self._attend_openly(queries, keys, values, mask)
         elif cache is not None and hasattr(cache, "bits"):  # a quantized cache holds (codes, scales, biases)
             attend = upstream.mlx_lm_module("models.base").scaled_dot_product_attention
-            out = attend(queries, keys, values, cache=cache, scale=self.scale, mask=mask)
+            out = attend(queries, keys, values, cache=cache, scale=self.scale, mask=mask.hidden)
         else:
-            out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.scale, mask=mask)
+            out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.scale, mask=mask.hidden)
+        if mask.sees is not None and probabilities is None:
+            out = mx.where(mask.sees, out, 0)
         return self.o_proj(out.transpose(0, 2, 1, 3).reshape(B, L, -1)), probabilities
 
     def _attend_openly(
@@ -96,12 +98,13 @@ class Attention(nn.Module):
         S = keys.shape[2]
         grouped = queries.reshape(B, self.num_kv_heads, -1, L, D)  # K groups of H/K queries
         scores = (grouped @ keys[:, :, None].swapaxes(-1, -2) * self.scale).reshape(B, H, L, S)
-        if isinstance(mask, str):
-            mask = mx.arange(S - L, S)[:, None] >= mx.arange(S)[None]
-        if mask is not None and mask.dtype == mx.bool_:
-            scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)
-        elif mask is not None:
-            scores = scores + mask
+        hidden = mask.hidden
+        if isinstance(hidden, str):
+            hidden = mx.arange(S - L, S)[:, None] >= mx.arange(S)[None]
+        if hidden is not None and hidden.dtype == mx.bool_:
+            scores = mx.where(hidden, scores, mx.finfo(scores.dtype).min)
+        elif hidden is not None:
+            scores = scores + hidden
         probabilities = mx.softmax(scores, axis=-1, precise=True)
         if self.training and self.dropout:
             keep = mx.random.bernoulli(1 - self.dropout, probabilities.shape)
@@ -228,18 +231,20 @@ class ArceeModel(nn.Module):
         h, B, L = embedded
         if cache is None and use_cache:
             cache = self.make_cache()
+        if cache is not None and len(cache) != len(self.layers):
+            raise InputError(f"cache has {len(cache)} entries; expected one for each of the {len(self.layers)} layers")
         has_cache = cache is not None or (self.config.use_cache if use_cache is None else use_cache)
         first = cache[0] if cache else None
         offset = 0 if first is None else first.offset
         positions, length = read_positions(position_ids, B, L, offset)
         rotation = self.rotary_emb.rotation(positions, self._forward_table(positions, length), h.dtype)
-        mask: Mask
         if attention_mask is not None:
             if first is not None and (not isinstance(offset, int) or hasattr(first, "max_size")):
                 raise InputError(
                     f"attention_mask with a {type(first).__name__}; expected a cache of make_cache() without max_kv_size"
                 )
-            mask = attention_mask_4d(mx.array(attention_mask), B, L, offset, h.dtype, has_cache=has_cache)
+            H = self.config.num_attention_heads
+            mask = attention_mask_4d(mx.array(attention_mask), B, H, L, offset, h.dtype, has_cache=has_cache)
         elif position_ids is not None and not has_cache:
             mask = packed_mask(positions)
         else:
@@ -275,6 +280,8 @@ class ArceeModel(nn.Module):
         count = len(self.layers) + 1
         if isinstance(asked, bool):
             return frozenset(range(count)) if asked else frozenset()
+        if asked == 0:  # transformers takes a single 0 for "none"
+            return frozenset()
         indices = [asked] if isinstance(asked, int) else list(asked)
         return frozenset(i % count for i in indices if -count <= i < count)
 

@@ -74,8 +74,8 @@ def read_inputs(
             raise InputError(f"input_ids has shape {ids.shape}; expected (rows, tokens)")
         check_ids(ids, 0, config.vocab_size, "input_ids")
         h = embed_tokens(ids)
-    if h.shape[1] == 0:
-        raise InputError("the input holds no token; expected at least one")
+    if 0 in h.shape[:2]:
+        raise InputError(f"the input has {h.shape[0]} rows of {h.shape[1]} tokens; expected at least one of each")
     return Embedded(h, h.shape[0], h.shape[1])
 
 
@@ -85,7 +85,7 @@ def read_positions(
     """Positions (B or 1, L) of the new tokens, and the largest plus one where it is known without computing.
 
     Raises:
-        InputError: the shape does not fit or a position is negative.
+        InputError: the shape does not fit.
     """
     if position_ids is None:
         if isinstance(offset, int):
@@ -121,5 +121,6 @@ def keep_rows(h: mx.array, logits_to_keep: int | mx.array) -> mx.array:
         return h[:, keep]
     if keep.ndim != 2 or keep.shape[0] not in (1, B):
         raise InputError(f"logits_to_keep has shape {keep.shape}; expected (n,) or ({B}, n)")
-    check_ids(keep, 0, L, "logits_to_keep")
+    check_ids(keep, -L, L, "logits_to_keep")
+    keep = mx.where(keep < 0, keep + L, keep)
     return mx.take_along_axis(h, mx.broadcast_to(keep, (B, keep.shape[1]))[..., None], axis=1)

@@ -37,17 +37,23 @@ class RotaryEmbedding:
         self.rope = rope
         self.head_dim = config.head_size
         self.max_position_embeddings = config.max_position_embeddings
-        partial = rope.get("partial_rotary_factor", 1.0) if self.kind != "default" else 1.0
-        self.dim = self.head_dim if self.kind == "proportional" else int(self.head_dim * partial)
         self.attention_factor = 1.0
         self.original_length = rope.get("original_max_position_embeddings", self.max_position_embeddings)
         self._cached_length = self.max_position_embeddings
-        with mx.stream(mx.cpu):  # pow of the GPU backends is not bit-equal to the reference
-            self.base_table = self._table()
-            self.long_table = self._longrope_table(rope["long_factor"]) if self.kind == "longrope" else None
-            self._state = self.base_table
-            tables = [self.base_table] + ([self.long_table] if self.long_table is not None else [])
-            mx.eval(tables)
+        partial = rope.get("partial_rotary_factor", 1.0) if self.kind != "default" else 1.0
+        try:
+            self.dim = self.head_dim if self.kind == "proportional" else int(self.head_dim * partial)
+            with mx.stream(mx.cpu):  # pow of the GPU backends is not bit-equal to the reference
+                self.base_table = self._table()
+                self.long_table = self._longrope_table(rope["long_factor"]) if self.kind == "longrope" else None
+                tables = [self.base_table] + ([self.long_table] if self.long_table is not None else [])
+                mx.eval(tables)
+        except (ArithmeticError, ValueError) as error:
+            raise ConfigError(
+                f"{config.source}: rope_parameters {rope!r} give no table ({error}); expected what rope type "
+                f"{self.kind!r} can be computed from; correct it in the config"
+            ) from error
+        self._state = self.base_table
         # transformers builds such a model too, and fails on its first use: so it can be converted and looked at.
         self._misfit = ""
         if any(table.shape != (self.head_dim // 2,) for table in tables):
@@ -130,8 +136,10 @@ class RotaryEmbedding:
             factor = rope.get("factor")
             if factor is None:
                 factor = self.max_position_embeddings / self.original_length
-            grown = math.sqrt(1 + math.log(factor) / math.log(self.original_length)) if factor > 1 else 1.0
-            self.attention_factor = grown if rope.get("attention_factor") is None else rope["attention_factor"]
+            if rope.get("attention_factor") is not None:
+                self.attention_factor = rope["attention_factor"]
+            elif factor > 1:
+                self.attention_factor = math.sqrt(1 + math.log(factor) / math.log(self.original_length))
             return self._longrope_table(rope["short_factor"])
         if kind == "proportional":
             angles = int(rope.get("partial_rotary_factor", 1.0) * self.head_dim // 2)
@@ -153,14 +161,17 @@ class RotaryEmbedding:
         with mx.stream(mx.cpu):
             factor, dim = self.rope["factor"], self.dim
             tokens = mx.array(length).astype(mx.float32)
-            scale = ((factor * tokens / self.max_position_embeddings) - (factor - 1)) ** (dim / (dim - 2))
+            stretch = (factor * tokens / self.max_position_embeddings) - (factor - 1)
+            # torch takes this power with a double exponent
+            scale = (stretch.astype(mx.float64) ** mx.array(dim / (dim - 2), mx.float64)).astype(mx.float32)
             return 1.0 / ((self.rope["rope_theta"] * scale)[..., None] ** self._exponents())
 
     def _longrope_table(self, factors: list[float]) -> mx.array:
         scale = mx.array(factors, mx.float32)
-        if scale.size not in (1, (self.dim + 1) // 2):
+        exponents = self._exponents()
+        if scale.size != exponents.size and 1 not in (scale.size, exponents.size):
             return mx.zeros(0)  # does not fit
-        return 1.0 / (scale * self.rope["rope_theta"] ** self._exponents())
+        return 1.0 / (scale * self.rope["rope_theta"] ** exponents)
 
     def _yarn_table(self) -> mx.array:
         rope, dim, base = self.rope, self.dim, self.rope["rope_theta"]
@@ -195,9 +206,9 @@ class RotaryEmbedding:
     def _llama3_table(self, table: mx.array) -> mx.array:
         factor, low, high = (self.rope[key] for key in ("factor", "low_freq_factor", "high_freq_factor"))
         original = self.original_length
-        wavelength = 2 * math.pi / table
+        wavelength = (1.0 / table) * (2 * math.pi)  # torch divides a number by a tensor in these two steps
         scaled = mx.where(wavelength > original / low, table / factor, table)
-        smooth = (original / wavelength - low) / (high - low)
+        smooth = ((1.0 / wavelength) * original - low) / (high - low)
         smoothed = (1 - smooth) * scaled / factor + smooth * scaled
         medium = (wavelength >= original / high) & (wavelength <= original / low)
         return mx.where(medium, smoothed, scaled)

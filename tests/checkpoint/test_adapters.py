@@ -21,6 +21,7 @@ from arcee_mlx import ArceeForCausalLM, ArceeModel, fuse_adapter, save_checkpoin
 from arcee_mlx.cli import main
 from arcee_mlx.errors import ArceeError, CheckpointError, ConfigError, InputError
 from arcee_mlx.upstream import mlx_lm_module
+
 from conftest import flat, tiny_config
 
 IDS = mx.array([[5, 17, 300, 42, 7, 255, 8]])

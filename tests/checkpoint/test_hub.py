@@ -21,11 +21,12 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
-from loopback_hub import LoopbackHub
 
 import arcee_mlx.checkpoint.hub
 from arcee_mlx.checkpoint.hub import resolve_folder
 from arcee_mlx.errors import CheckpointError, HubError, InputError
+
+from loopback_hub import LoopbackHub
 
 PACKAGE_PARENT = Path(arcee_mlx.checkpoint.hub.__file__).parents[2]
 SECRET = "hf_" + "secret" * 5

@@ -12,11 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import write_checkpoint
 
 import arcee_mlx
 from arcee_mlx.cli import main
 from arcee_mlx.generate import command
+
+from conftest import write_checkpoint
 
 ARGUMENTS = ["--prompt", "Call me", "--max-tokens", "6", "--temp", "0"]
 

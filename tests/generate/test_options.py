@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
-from conftest import tiny_config
 
 from arcee_mlx import GenerateOptions, InputError
 from arcee_mlx.generate.options import DEFAULT_MAX_TOKENS, context_tokens
+
+from conftest import tiny_config
 
 BAD = {
     "max_tokens": [0, -2, 1.5, True, "10"],

@@ -52,9 +52,11 @@ def test_temperature_zero_takes_the_likeliest() -> None:
 
 def test_the_same_seed_draws_the_same_tokens_and_another_does_not() -> None:
     x = scores()
-    draw = lambda seed: [
-        make.tolist()[0] for sampler in [make_sampler(seed=seed)] for make in (sampler(x) for _ in range(20))
-    ]  # noqa: E731
+
+    def draw(seed: int) -> list[int]:
+        sampler = make_sampler(seed=seed)
+        return [int(sampler(x).item()) for _ in range(20)]
+
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)
     assert len(set(draw(1))) > 3  # every step has a key of its own

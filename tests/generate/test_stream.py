@@ -8,11 +8,12 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from conftest import write_checkpoint
 
 import arcee_mlx
 from arcee_mlx import ArceeForCausalLM, GenerateOptions, GenerationChunk, InputError, Tokenizer, TokenizerError
 from arcee_mlx.generate.stream import encode_prompt, make_prompt_cache
+
+from conftest import write_checkpoint
 
 Loaded = tuple[ArceeForCausalLM, Tokenizer]
 PROMPT = "Call me Ishmael."

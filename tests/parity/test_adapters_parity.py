@@ -15,10 +15,10 @@ import pytest
 torch = pytest.importorskip("torch", reason="compares with transformers on torch")
 peft = pytest.importorskip("peft", reason="compares with peft")
 
-from reference import as_numpy, assert_close, both, random_ids, saved, tiny  # noqa: E402
-
 from arcee_mlx import fuse_adapter, load_model, save_peft_adapter, set_adapter  # noqa: E402
 from arcee_mlx.upstream import mlx_lm_module  # noqa: E402
+
+from reference import as_numpy, assert_close, both, random_ids, saved, tiny  # noqa: E402
 
 pytestmark = pytest.mark.parity
 

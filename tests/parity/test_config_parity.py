@@ -16,14 +16,16 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch", reason="compares with transformers on torch")
 
-from reference import TheirCausalLM, TheirConfig, tiny  # noqa: E402
 from transformers.activations import ACT2FN  # noqa: E402
 from transformers.models.arcee.modeling_arcee import ArceeRotaryEmbedding  # noqa: E402
 
 from arcee_mlx.errors import ConfigError  # noqa: E402
+from arcee_mlx.model.activations import ACTIVATIONS  # noqa: E402
 from arcee_mlx.model.config import ACTIVATIONS as OUR_ACTIVATIONS  # noqa: E402
 from arcee_mlx.model.config import ArceeConfig, read_config  # noqa: E402
-from arcee_mlx.model.decoder import ACTIVATIONS, ArceeForCausalLM  # noqa: E402
+from arcee_mlx.model.decoder import ArceeForCausalLM  # noqa: E402
+
+from reference import TheirCausalLM, TheirConfig, tiny  # noqa: E402
 
 pytestmark = pytest.mark.parity
 SMALL = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2,
@@ -45,9 +47,9 @@ def ours(values: dict[str, Any]) -> ArceeForCausalLM | None:
     """Our model, or None if the config is refused; any other error is a bug and comes through."""
     try:
         model = ArceeForCausalLM(ArceeConfig.from_dict(json.loads(json.dumps(values))))
+        mx.eval(model(mx.array([[3, 4, 5]])))
     except ConfigError:
         return None
-    mx.eval(model(mx.array([[3, 4, 5]])))
     return model
 
 
@@ -86,7 +88,9 @@ NEEDED = {"linear": ["factor"], "dynamic": ["factor"], "yarn": ["factor"],
 
 @st.composite
 def rope_configs(draw: st.DrawFn) -> dict[str, Any]:
-    kind = draw(st.sampled_from(["default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional", "su", "mrope"]))
+    kind = draw(
+        st.sampled_from(["default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional", "su", "mrope"])
+    )
     keys = set(draw(st.lists(st.sampled_from(sorted(OPTIONAL)), max_size=5)))
     if draw(st.integers(0, 9)) < 8:
         keys |= set(NEEDED.get(kind, []))
@@ -224,7 +228,13 @@ def test_defaults_are_transformers_defaults() -> None:
     "rope",
     [
         {"rope_type": "default", "rope_theta": 77.0},
-        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 1.0, "mscale_all_dim": 0.5},
+        {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.5,
+        },
         {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 2.0},
         {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
         {"rope_type": "dynamic", "factor": 2.0},

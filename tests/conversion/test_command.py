@@ -1,0 +1,160 @@
+"""The conversion script as a user meets it: options meant or refused by name, one line for an error, a clean stdout."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+from arcee_mlx import ArceeConfig, ArceeForCausalLM, cli, load_model
+from arcee_mlx.conversion import command
+
+SCRIPT = Path(__file__).parents[2] / "convert/hf_to_mlx.py"
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    config = ArceeConfig(**SHAPE)
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(ArceeForCausalLM(config).parameters())))
+    (folder / "config.json").write_text(json.dumps({"model_type": "arcee", "torch_dtype": "float32"} | SHAPE))
+    return folder
+
+
+def run_script(*arguments, cwd):
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command_line = [sys.executable, "-W", "error", str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command_line, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def run_here(*arguments):
+    """The same command through `arcee-mlx`, in this process."""
+    return cli.main(["convert", *map(str, arguments)])
+
+
+def test_the_script_runs_from_any_folder_and_prints_the_new_folder_alone(source, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    done = run_script("--hf-path", "../in", "--mlx-path", "out", cwd=elsewhere)
+    assert (done.returncode, done.stdout) == (0, f"{elsewhere / 'out'}\n"), done.stderr
+    assert load_model(elsewhere / "out").config.quantization == {"group_size": 64, "bits": 4, "mode": "affine"}
+    assert "bits per weight" in done.stderr and "peak memory" in done.stderr and "tokenizer.json" in done.stderr
+    assert "\r" not in done.stderr  # no bar where standard error is no terminal
+
+
+def test_the_default_folder_is_mlx_lms(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_here("--hf-path", source) == 0
+    assert (tmp_path / "mlx_model/config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "table", "dtype"),
+    [
+        ([], {"group_size": 64, "bits": 4, "mode": "affine"}, "float32"),
+        (["-q"], {"group_size": 64, "bits": 4, "mode": "affine"}, "float32"),
+        (["--quantize", "--q-mode", "affine"], {"group_size": 64, "bits": 4, "mode": "affine"}, "float32"),
+        (["--q-bits", "8", "--q-group-size", "32"], {"group_size": 32, "bits": 8, "mode": "affine"}, "float32"),
+        (["--no-quantize"], None, "float32"),
+        (["--no-quantize", "--dtype", "bfloat16"], None, "bfloat16"),
+        (["--dtype", "float16"], {"group_size": 64, "bits": 4, "mode": "affine"}, "float16"),
+    ],
+)
+def test_options_mean_what_they_mean_to_mlx_lm(source, tmp_path, options, table, dtype):
+    assert run_here("--hf-path", source, "--mlx-path", tmp_path / "out", *options) == 0
+    config = load_model(tmp_path / "out").config
+    assert (config.quantization, config.dtype) == (table, dtype)
+
+
+def test_force_is_needed_to_replace_a_converted_model(source, tmp_path, capsys):
+    arguments = ["--hf-path", source, "--mlx-path", tmp_path / "out"]
+    assert run_here(*arguments) == 0
+    capsys.readouterr()
+    assert run_here(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("error: ") and "exists already" in err
+    assert run_here(*arguments, "--force", "--q-bits", "8") == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--q-bits", "3"], "argument --q-bits: invalid choice: 3"),
+        (["--q-bits", "four"], "argument --q-bits: invalid int value"),
+        (["--q-group-size", "16"], "argument --q-group-size: invalid choice: 16"),
+        (["--q-mode", "mxfp4"], "argument --q-mode: invalid choice: 'mxfp4'"),
+        (["--dtype", "float64"], "argument --dtype: invalid choice: 'float64'"),
+        (["--quantize", "--no-quantize"], "--no-quantize: not allowed with argument -q/--quantize"),
+        (["--bits", "4"], "unrecognized arguments: --bits 4"),
+        (["-d"], "-d is not offered; convert the original"),
+        (["--dequantize"], "--dequantize is not offered; convert the original"),
+        (["--quant-predicate", "mixed_3_6"], "--quant-predicate is not offered; all layers"),
+        (["--upload-repo", "me/model"], "--upload-repo is not offered; upload the folder afterwards"),
+        (["--trust-remote-code"], "--trust-remote-code is not offered; code of a checkpoint is never run"),
+    ],
+)
+def test_what_is_not_offered_is_refused_by_name_with_status_2(source, tmp_path, capsys, options, says):
+    with pytest.raises(SystemExit) as stopped:
+        run_here("--hf-path", source, "--mlx-path", tmp_path / "out", *options)
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and out == ""
+    assert says in err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_of_quantization_are_not_ignored_with_no_quantize(source, tmp_path, capsys):
+    assert run_here("--hf-path", source, "--mlx-path", tmp_path / "out", "--no-quantize", "--q-bits", "8") == 2
+    assert "--no-quantize came with --q-bits" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mistake_of_the_users_is_one_line(tmp_path):
+    done = run_script("--hf-path", "./nowhere", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("error: no such folder './nowhere'")
+
+
+def test_ctrl_c_ends_with_130_and_leaves_nothing(source, tmp_path, monkeypatch, capsys):
+    def interrupt(*_args, **_options):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("arcee_mlx.conversion.run.write_card", interrupt)
+    assert run_here("--hf-path", source, "--mlx-path", tmp_path / "out") == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+def test_converting_imports_neither_mlx_lm_nor_transformers_nor_torch(source, tmp_path):
+    code = (
+        "import sys; from arcee_mlx.conversion.run import convert; convert(sys.argv[1], sys.argv[2]);"
+        "print(sorted({'mlx_lm', 'transformers', 'torch'} & sys.modules.keys()))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
+    arguments = [sys.executable, "-c", code, str(source), str(tmp_path / "out")]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_every_option_of_mlx_lm_convert_is_meant_or_refused():
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    known = {option for action in parser._actions for option in action.option_strings}
+    theirs = "--hf-path --model --mlx-path -q --quantize --q-group-size --q-bits --q-mode --quant-predicate --dtype"
+    assert {*theirs.split(), "--upload-repo", "-d", "--dequantize", "--trust-remote-code"} <= known
