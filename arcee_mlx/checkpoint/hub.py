@@ -133,10 +133,7 @@ def _no_folder_message(text: str) -> str:
         return f"no such folder {text!r}; expected a folder or a hub id; give the id alone, as 'org/name'"
     if text.lower().endswith(_FILE_SUFFIXES):
         return f"no such folder {text!r}; expected a folder, not a file's name; give the folder that holds the file"
-    return (
-        f"no such folder {text!r}; expected an existing folder, or a hub id such as 'name' or 'org/name'; check the"
-        f" spelling"
-    )
+    return f"no such folder {text!r}; expected a folder or a hub id such as 'name' or 'org/name'; check the spelling"
 
 
 @dataclass(frozen=True)
