@@ -14,6 +14,8 @@ from .errors import (
     TokenizerError,
 )
 from .generate import GenerateOptions, GenerationChunk, GenerationStats, generate, stream_generate
+from .inspection.results import Inspection
+from .inspection.run import inspect_checkpoint
 from .model.config import ArceeConfig
 from .model.decoder import ArceeForCausalLM, ArceeModel, BaseModelOutput, CausalLMOutput
 
@@ -33,11 +35,13 @@ __all__ = [
     "GenerationStats",
     "HubError",
     "InputError",
+    "Inspection",
     "Tokenizer",
     "TokenizerError",
     "fuse_adapter",
     "generate",
     "get_json_schema",
+    "inspect_checkpoint",
     "load",
     "load_model",
     "save_checkpoint",

@@ -11,6 +11,7 @@ from .program import run_reporting
 COMMANDS = {
     "generate": ("arcee_mlx.generate.command", "write text with an Arcee model"),
     "convert": ("arcee_mlx.conversion.command", "convert a Hugging Face checkpoint to quantized MLX"),
+    "inspect": ("arcee_mlx.inspection.command", "show what a checkpoint is, and what is odd about it or missing"),
     "bench": ("arcee_mlx.bench", "measure speed as a ratio against mlx-lm"),
 }
 

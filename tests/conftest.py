@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import socket
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from arcee_mlx import ArceeConfig, ArceeForCausalLM, save_checkpoint
+
+from loopback_hub import LoopbackHub
 
 TEXT = (
     "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in my purse, I thought "
@@ -101,3 +106,35 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "model"
     write_checkpoint(folder)
     return folder
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub]:
+    """A running hub that huggingface_hub believes in, with a cache and home of its own and no way to a real host."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import close_session
+
+    find_address = socket.getaddrinfo
+
+    def find_loopback(host: str, *args: Any, **kwargs: Any) -> Any:
+        assert host == "127.0.0.1", f"a test reached out to {host}"
+        return find_address(host, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", find_loopback)
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    with LoopbackHub() as server:
+        # HF_ENDPOINT and its kin are read when huggingface_hub is imported: here the values it read are replaced, and
+        # test_environment_alone_leads_to_the_hub starts a process with the variables themselves.
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", str(tmp_path / "agents.json"), raising=False)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        close_session()
+        yield server
+    close_session()

@@ -20,10 +20,10 @@ ORDER = [
     "errors", "upstream", "program",
     "model.config", "model.rope", "model.activations", "model.relu2", "model.masks", "model.inputs", "model.losses",
     "model.decoder", "model.heads",
-    "checkpoint.hub", "checkpoint.files", "checkpoint.function_schema", "checkpoint.chat_template", "checkpoint.detokenizer",
+    "checkpoint.hub_request", "checkpoint.hub", "checkpoint.shards", "checkpoint.files", "checkpoint.function_schema", "checkpoint.chat_template", "checkpoint.detokenizer",
     "checkpoint.special_tokens", "checkpoint.tokenizer",
     "checkpoint.adapter_files", "checkpoint.peft", "checkpoint.adapters", "checkpoint.loading",
-    "measure", "conversion", "generate", "engine", "tasks", "lm", "bench", "doctor", "cli", "__init__", "__main__",
+    "measure", "conversion", "generate", "engine", "tasks", "inspection", "lm", "bench", "doctor", "cli", "__init__", "__main__",
 ]  # fmt: skip
 # model/config.read_config and files share one JSON reader; rope's order among masks, inputs and losses is free.
 SAME_LEVEL = {"model.masks", "model.inputs", "model.losses"}

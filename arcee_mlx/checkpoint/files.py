@@ -11,7 +11,6 @@ import contextlib
 import json
 import math
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,9 +22,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import CheckpointError, InputError
-from ..model.config import read_json
+from .shards import INDEX_FILE, WEIGHTS_FILE, explain_no_weights, find_disagreements, read_weight_map
 
-WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 _MAX_HEADER_BYTES = 100_000_000
 # safetensors' name -> MLX's dtype, and the numpy dtype its bytes are read as.
@@ -91,34 +89,15 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     folder = Path(folder)
     if (folder / WEIGHTS_FILE).exists():
         return Checkpoint(folder, read_header(folder / WEIGHTS_FILE))
-    index_path = folder / INDEX_FILE
-    if not index_path.exists():
-        raise CheckpointError(_explain_no_weights(folder))
-    weight_map = read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError(f"{index_path}: has no usable weight_map; expected names of tensors and files")
-    headers: dict[str, dict[str, TensorEntry]] = {}
-    for name in dict.fromkeys(weight_map.values()):
-        # The links of a hub cache point elsewhere and are fine: it is the name that must stay inside the folder.
-        if not re.fullmatch(r"[\w.+-]+\.safetensors", name, re.ASCII):
-            raise CheckpointError(
-                f"{index_path}: names the file {name!r}; expected a .safetensors file in the same folder; "
-                f"do not use this checkpoint"
-            )
-        headers[name] = read_header(folder / name)
-    entries: dict[str, TensorEntry] = {}
-    for tensor, name in weight_map.items():
-        if tensor not in headers[name]:
-            raise CheckpointError(
-                f"{folder / name}: has no tensor {tensor!r}, which {INDEX_FILE} says it has; download it again"
-            )
-        entries[tensor] = headers[name][tensor]
-    for name, header in headers.items():
-        if extra := sorted(tensor for tensor in header if weight_map.get(tensor) != name):
-            raise CheckpointError(
-                f"{folder / name}: holds {extra[0]!r}, which {INDEX_FILE} does not list; download both again"
-            )
-    return Checkpoint(folder, entries)
+    if not (folder / INDEX_FILE).exists():
+        if folder.is_dir():
+            raise CheckpointError(explain_no_weights(folder, [path.name for path in folder.iterdir()]))
+        raise CheckpointError(f"{folder}: no such folder; expected a checkpoint folder; check the path")
+    weight_map = read_weight_map(folder)
+    headers = {name: read_header(folder / name) for name in dict.fromkeys(weight_map.values())}
+    for problem in find_disagreements(folder, weight_map, headers):
+        raise CheckpointError(problem)
+    return Checkpoint(folder, {tensor: headers[name][tensor] for tensor, name in weight_map.items()})
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
@@ -140,7 +119,15 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check the permissions") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its header is damaged ({error}); download it again") from error
-    data_start = 8 + length
+    return read_table(path, table, 8 + length, size)
+
+
+def read_table(path: Path, table: Any, data_start: int, size: int) -> dict[str, TensorEntry]:
+    """Checks a safetensors file's parsed table against its `size`; the file at `path` need not be here.
+
+    Raises:
+        CheckpointError: the table is damaged or does not cover the file, or a dtype is not supported.
+    """
     entries = [
         _read_entry(path, name, value, data_start)
         for name, value in (table.items() if isinstance(table, dict) else ())
@@ -358,18 +345,6 @@ def _read_entry(path: Path, name: str, value: Any, data_start: int) -> TensorEnt
             f"{path}: {name!r} has {end - start} bytes; its shape {shape} and {dtype} need another number"
         )
     return TensorEntry(name, dtype, shape, path, data_start + start, data_start + end)
-
-
-def _explain_no_weights(folder: Path) -> str:
-    if not folder.is_dir():
-        return f"{folder}: no such folder; expected a checkpoint folder; check the path"
-    other = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".npz"))
-    if other:
-        return (
-            f"{folder}: holds {other[0]} but no {WEIGHTS_FILE}; only safetensors are read; save the model with "
-            f"transformers' save_pretrained first"
-        )
-    return f"{folder}: has no {WEIGHTS_FILE} and no {INDEX_FILE}; expected a Hugging Face or MLX checkpoint"
 
 
 def _as_numpy(values: mx.array) -> np.ndarray:

@@ -6,39 +6,19 @@ folder. This file adds which files are wanted, whether a cached copy is whole, a
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
 import re
-import shutil
 import stat
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from ..errors import CheckpointError, HubError, InputError
-
-_INDEX = "model.safetensors.index.json"
-_MODEL_FILES = (
-    "config.json",
-    "generation_config.json",
-    _INDEX,
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "additional_chat_templates/*.jinja",
-)
-# `consolidated*.safetensors` and `original/` hold the same weights a second time.
-_WEIGHTS = "model*.safetensors"
-_DOCUMENTS = ("README.md", "LICENSE*", "NOTICE*")
-# The hub's `*` crosses slashes: without these the patterns above would reach into folders, pickles and code.
-_NEVER = ("*/*.safetensors", "LICENSE*/*", "NOTICE*/*", "*.bin", "*.gguf", "*.pickle", "*.pkl", "*.pt", "*.pth", "*.py")
+from .hub_request import DOCUMENTS, INDEX, NEVER, TEMPLATES, Wanted, explain, find_outage
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".npz", ".h5", ".msgpack", ".onnx")
 _FILE_SUFFIXES = (*_WEIGHT_SUFFIXES, ".json", ".jinja", ".txt", ".pickle", ".pkl", ".zip", ".gz")
@@ -74,6 +54,86 @@ def resolve_folder(
         CheckpointError: No such folder, a file, an unreadable folder, or a repository without a usable checkpoint.
         HubError: The hub refused, could not be reached, or the cache cannot hold or does not have all files.
     """
+    found = _locate(path_or_id, revision, weights=weights, adapter=adapter)
+    return found if isinstance(found, Path) else _download(found, show_progress=progress)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a checkpoint; those of one on the hub are in `folder` too, but for the weights.
+
+    Attributes:
+        folder: a local folder, or a snapshot in the hub's cache.
+        size_bytes: of the files at the top level and of additional chat templates, by name; hidden ones left out.
+        repo_id: the hub id; None for a local folder.
+        commit: the full commit hash that a revision of the hub stands for; None for a local folder.
+    """
+
+    folder: Path
+    size_bytes: Mapping[str, int]
+    repo_id: str | None = None
+    commit: str | None = None
+
+    def fetch_header(self, name: str) -> dict[str, Any]:
+        """Reads the table of contents of a safetensors file on the hub by a range request for its beginning.
+
+        Returns:
+            name -> {"dtype", "shape", "data_offsets"}, as the file has it.
+
+        Raises:
+            CheckpointError: the file is no safetensors file.
+            HubError: as `resolve_folder`.
+        """
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import SafetensorsParsingError
+
+        assert self.repo_id is not None
+        try:
+            metadata = HfApi().parse_safetensors_file_metadata(self.repo_id, name, revision=self.commit)
+        except SafetensorsParsingError as error:
+            raise CheckpointError(
+                f"{self.folder / name}: its header is damaged; expected a safetensors file; give another revision"
+            ) from error
+        except Exception as error:  # as in _ask
+            raise explain(error, Wanted(self.repo_id, self.commit, weights=True)) from error
+        return {
+            tensor: {"dtype": info.dtype, "shape": info.shape, "data_offsets": info.data_offsets}
+            for tensor, info in metadata.tensors.items()
+        }
+
+
+def list_files(path_or_id: str | os.PathLike[str], *, revision: str | None = None, progress: bool = True) -> Listing:
+    """Finds a checkpoint and the sizes of its files, whatever state it is in; of one on the hub no weights are downloaded.
+
+    Args, Raises: as `resolve_folder`. Without an answer of the hub, a cached copy must be whole, weights included.
+    """
+    found = _locate(path_or_id, revision, weights=False)
+    if isinstance(found, Path):
+        return Listing(found, _local_sizes(found))
+    answer = _ask(replace(found, weights=True))
+    if isinstance(answer, Path):
+        return Listing(answer, _local_sizes(answer), found.repo_id, answer.name)
+    folder = _fetch(found, answer, show_progress=progress)
+    return Listing(
+        folder, {name: answer[name] for name in sorted(answer) if _matters(name)}, found.repo_id, folder.name
+    )
+
+
+def _local_sizes(folder: Path) -> dict[str, int]:
+    paths = [path for path in (*folder.iterdir(), *(folder / TEMPLATES).glob("*.jinja")) if path.is_file()]
+    names = {path.relative_to(folder).as_posix(): path for path in sorted(paths)}
+    return {name: path.stat().st_size for name, path in names.items() if _matters(name)}
+
+
+def _matters(name: str) -> bool:
+    folder, _, base = name.rpartition("/")
+    return not base.startswith(".") and (not folder or (folder == TEMPLATES and base.endswith(".jinja")))
+
+
+def _locate(
+    path_or_id: str | os.PathLike[str], revision: str | None, *, weights: bool, adapter: bool = False
+) -> Path | Wanted:
+    """An existing folder, or what to ask the hub for."""
     text = os.fspath(path_or_id)
     folder = _existing_folder(text) if text else None
     if folder is not None:
@@ -98,7 +158,7 @@ def resolve_folder(
         ) from error
     if revision is not None and not _REVISION.fullmatch(revision):
         raise InputError(f"revision is {revision!r}; expected a branch, a tag or a full commit hash; correct it")
-    return _download(_Wanted(text, revision, weights, adapter), show_progress=progress)
+    return Wanted(text, revision, weights, adapter)
 
 
 def _existing_folder(text: str) -> Path | None:
@@ -133,42 +193,29 @@ def _no_folder_message(text: str) -> str:
         return f"no such folder {text!r}; expected a folder or a hub id; give the id alone, as 'org/name'"
     if text.lower().endswith(_FILE_SUFFIXES):
         return f"no such folder {text!r}; expected a folder, not a file's name; give the folder that holds the file"
-    return f"no such folder {text!r}; expected a folder or a hub id such as 'name' or 'org/name'; check the spelling"
+    return (
+        f"no such folder {text!r}; expected an existing folder, or a hub id such as 'name' or 'org/name'; check the"
+        f" spelling"
+    )
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    """What is asked of the hub."""
-
-    repo_id: str
-    revision: str | None
-    weights: bool
-    adapter: bool
-
-    def __str__(self) -> str:
-        return f"{self.repo_id!r}" + (f" at revision {self.revision!r}" if self.revision else "")
-
-    @property
-    def config(self) -> str:
-        return "adapter_config.json" if self.adapter else "config.json"
-
-    @property
-    def tensors(self) -> str:
-        return "adapter*.safetensors" if self.adapter else _WEIGHTS
-
-    @property
-    def files(self) -> list[str]:
-        """Patterns of the files a model or an adapter is loaded from."""
-        return [*([self.config] if self.adapter else _MODEL_FILES), *([self.tensors] if self.weights else [])]
-
-    def choose(self, names: Iterable[str]) -> list[str]:
-        from huggingface_hub.utils import filter_repo_objects
-
-        return list(filter_repo_objects(names, allow_patterns=self.files, ignore_patterns=list(_NEVER)))
+def _download(wanted: Wanted, *, show_progress: bool) -> Path:
+    answer = _ask(wanted)
+    if isinstance(answer, Path):
+        return answer
+    _check_listing(wanted, answer)
+    folder = _fetch(wanted, answer, show_progress=show_progress)
+    if missing := _missing_files(folder, wanted):
+        raise CheckpointError(
+            f"repository {wanted} does not give {_few(missing)}; expected every file that {INDEX} names, as"
+            f" {wanted.tensors}; give another revision"
+        )
+    return folder
 
 
-def _download(wanted: _Wanted, *, show_progress: bool) -> Path:
-    from huggingface_hub import HfApi, constants, is_offline_mode, snapshot_download
+def _ask(wanted: Wanted) -> dict[str, int] | Path:
+    """The repository's files and their sizes in bytes; without an answer of the hub, a whole cached copy."""
+    from huggingface_hub import HfApi, constants, is_offline_mode
 
     if is_offline_mode():
         return _cached_folder(wanted, "HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE and run again to download it")
@@ -178,33 +225,30 @@ def _download(wanted: _Wanted, *, show_progress: bool) -> Path:
             wanted.repo_id, revision=wanted.revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
         )
     except Exception as error:  # httpx, the hub, the system and a token each raise kinds of their own
-        outage = _outage(error)
+        outage = find_outage(error)
         if outage is None:
-            raise _explained(error, wanted) from error
+            raise explain(error, wanted) from error
         folder = _cached_folder(wanted, *outage)
         _logger.warning("%s; using the cached copy of %s, which may be outdated", outage[0], wanted)
         return folder
+    return {file.rfilename: file.size or 0 for file in info.siblings or ()}
 
-    size_bytes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-    _check_listing(wanted, size_bytes)
+
+def _fetch(wanted: Wanted, size_bytes: Mapping[str, int], *, show_progress: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
     try:
-        folder = Path(
+        return Path(
             snapshot_download(
                 wanted.repo_id,
                 revision=wanted.revision,
-                allow_patterns=[*wanted.files, *_DOCUMENTS],
-                ignore_patterns=list(_NEVER),
+                allow_patterns=[*wanted.files, *DOCUMENTS],
+                ignore_patterns=list(NEVER),
                 tqdm_class=None if show_progress and _stderr_is_terminal() else _silent_bar(),
             )
         )
-    except Exception as error:  # as above, and hf_xet besides
-        raise _explained(error, wanted, size_bytes) from error
-    if missing := _missing_files(folder, wanted):
-        raise CheckpointError(
-            f"repository {wanted} does not give {_few(missing)}; expected every file that {_INDEX} names, as"
-            f" {wanted.tensors}; give another revision"
-        )
-    return folder
+    except Exception as error:  # as in _ask, and hf_xet besides
+        raise explain(error, wanted, size_bytes) from error
 
 
 def _stderr_is_terminal() -> bool:
@@ -222,7 +266,7 @@ def _silent_bar() -> type[Any]:
     return SilentBar
 
 
-def _cached_folder(wanted: _Wanted, why: str, remedy: str) -> Path:
+def _cached_folder(wanted: Wanted, why: str, remedy: str) -> Path:
     """The cached snapshot of the revision, if it is whole; `why` and `remedy` complete the error if not."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
@@ -234,7 +278,7 @@ def _cached_folder(wanted: _Wanted, why: str, remedy: str) -> Path:
                 wanted.repo_id,
                 revision=wanted.revision,
                 allow_patterns=wanted.files,
-                ignore_patterns=list(_NEVER),
+                ignore_patterns=list(NEVER),
                 local_files_only=True,
             )
         )
@@ -251,14 +295,14 @@ def _cached_folder(wanted: _Wanted, why: str, remedy: str) -> Path:
     return folder
 
 
-def _incomplete(wanted: _Wanted, missing: list[str], why: str, remedy: str) -> HubError:
+def _incomplete(wanted: Wanted, missing: list[str], why: str, remedy: str) -> HubError:
     return HubError(
         f"{why}, and the cached copy of {wanted} lacks {_few(missing)}; expected a complete copy; {remedy}: files that"
         f" are there are kept"
     )
 
 
-def _missing_files(folder: Path, wanted: _Wanted) -> list[str]:
+def _missing_files(folder: Path, wanted: Wanted) -> list[str]:
     """What a snapshot lacks of the files that the hub's cached listing and the snapshot's own index name."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
@@ -269,10 +313,10 @@ def _missing_files(folder: Path, wanted: _Wanted) -> list[str]:
         listed = []
     expected = {wanted.config, *wanted.choose(listed)}
     if wanted.weights:
-        shards = set() if wanted.adapter else _shards_in_index(folder / _INDEX)
-        if not shards and not any(path.is_file() for path in folder.glob(wanted.tensors)):
-            shards = {"adapter_model.safetensors" if wanted.adapter else "model.safetensors"}
+        shards = set() if wanted.adapter else _shards_in_index(folder / INDEX)
         expected |= shards
+        if not shards and not any(path.is_file() for path in folder.glob(wanted.tensors)):
+            expected.add("adapter_model.safetensors" if wanted.adapter else "model.safetensors")
     # A name that leads elsewhere is never looked up: shards lie beside their index.
     outside = {name for name in expected - set(listed) if Path(name).name != name}
     return sorted(outside | {name for name in expected - outside if not (folder / name).is_file()})
@@ -285,7 +329,7 @@ def _shards_in_index(index: Path) -> set[str]:
         return set()
 
 
-def _check_listing(wanted: _Wanted, names: Iterable[str]) -> None:
+def _check_listing(wanted: Wanted, names: Iterable[str]) -> None:
     """Refuse a repository without a usable checkpoint before anything of it is downloaded."""
     names = sorted(names)
     if wanted.weights and not any(name.endswith(".safetensors") for name in wanted.choose(names)):
@@ -301,98 +345,10 @@ def _check_listing(wanted: _Wanted, names: Iterable[str]) -> None:
             f" safetensors are read; {remedy}"
         )
     if wanted.config not in names:
-        raise CheckpointError(f"repository {wanted} has no {wanted.config}; expected it; check the id")
+        kind = "an adapter as PEFT or mlx-lm saves it" if wanted.adapter else "a checkpoint as transformers saves it"
+        raise CheckpointError(f"repository {wanted} has no {wanted.config}; expected {kind}; check the id")
 
 
 def _few(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
-
-
-def _outage(error: BaseException) -> tuple[str, str] | None:
-    """Why the hub gave no answer, and what to do; None if it did answer, or something else went wrong."""
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError
-
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        if status == 429:
-            return f"{_site()} takes no more requests for now (429)", "wait a while, or log in with `hf auth login`"
-        if status >= 500:
-            return f"{_site()} is in trouble ({status})", "try again later"
-        return None
-    if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):
-        return (
-            f"{_site()} could not be reached ({type(error).__name__})",
-            "check the network, the proxy and HF_ENDPOINT, and run again",
-        )
-    return None
-
-
-def _explained(error: Exception, wanted: _Wanted, size_bytes: Mapping[str, int] | None = None) -> HubError:
-    """What a failed request means and what to do. Holds none of the answer's own words: they may repeat secrets."""
-    from huggingface_hub import constants, errors
-
-    # What went wrong on the wire arrives wrapped as "not in the cache".
-    cause: BaseException = error
-    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
-        cause = error.__cause__
-    if outage := _outage(cause):
-        return HubError(f"{wanted} could not be downloaded: {outage[0]}; expected an answer; {outage[1]}")
-    if isinstance(cause, errors.GatedRepoError):
-        return HubError(
-            f"{wanted} is gated; expected an account that may read it; open {_site()}/{wanted.repo_id}, accept the"
-            f" terms, and log in as that account with `hf auth login`"
-        )
-    if isinstance(cause, errors.RevisionNotFoundError):
-        return HubError(
-            f"{wanted.repo_id!r} has no revision {wanted.revision!r}; expected a branch, a tag or a full commit hash;"
-            f" see {_site()}/{wanted.repo_id}, or leave the revision out"
-        )
-    if isinstance(cause, errors.HfHubHTTPError):
-        status = cause.response.status_code
-        if isinstance(cause, errors.RepositoryNotFoundError) or status == 401:
-            return HubError(
-                f"{wanted} is missing or private; expected a repository that this account may read; check the"
-                f" spelling, and if it is private or the token has expired, log in with `hf auth login`"
-            )
-        if isinstance(cause, errors.DisabledRepoError):
-            return HubError(f"{wanted} is disabled on {_site()}; expected an open repository; choose another one")
-        return HubError(
-            f"{wanted} could not be downloaded: {_site()} answered {status}; expected 200; if it is 403, give the token"
-            f" permission to read and log in again with `hf auth login`, else run again"
-        )
-    if isinstance(cause, OSError) and cause.errno is not None:
-        cache = constants.HF_HUB_CACHE
-        if cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            needed = _space_needed(wanted, size_bytes, cache)
-            return HubError(
-                f"no space left for {wanted} in the cache {cache!r}; expected {needed}; free some, or set HF_HOME to a"
-                f" folder on a larger disk"
-            )
-        return HubError(
-            f"{wanted} could not be kept in the cache {cache!r} ({os.strerror(cause.errno)}); expected a folder that"
-            f" can be written; mend its permissions, or set HF_HOME to another one"
-        )
-    return HubError(
-        f"{wanted} could not be downloaded ({type(cause).__name__}); expected the answers of a hub from {_site()};"
-        f" check that no proxy or login page stands between and that HF_ENDPOINT is right, and run again"
-    )
-
-
-def _space_needed(wanted: _Wanted, size_bytes: Mapping[str, int] | None, cache: str) -> str:
-    total_bytes = sum(size_bytes[name] for name in wanted.choose(size_bytes)) if size_bytes else 0
-    if not total_bytes:
-        return "room for the whole model"
-    try:
-        free = f", where {shutil.disk_usage(cache).free / 1e9:.2f} GB are free"
-    except OSError:
-        free = ""
-    return f"room for {total_bytes / 1e9:.2f} GB in all{free}"
-
-
-def _site() -> str:
-    """The hub's address, without the name and password that HF_ENDPOINT may hold."""
-    from huggingface_hub import constants
-
-    parts = urlsplit(constants.ENDPOINT)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -111,16 +111,73 @@ def open_model(folder: Path, model_class: type[Model] | None = None) -> OpenedMo
     Raises:
         ConfigError, CheckpointError, InputError: see `load_model`.
     """
-    config = read_config(folder)
-    checkpoint = open_checkpoint(folder)
-    chosen = _choose_class(config, model_class)
+    opened = lay_out_model(read_config(folder), open_checkpoint(folder), model_class)
+    _refuse_misfits(opened.checkpoint, find_misfits(opened))
+    return opened
+
+
+def lay_out_model(config: ArceeConfig, checkpoint: Checkpoint, model_class: type[Model] | None = None) -> OpenedModel:
+    """Makes the model that a config describes, quantized where the file is, without a look at missing or odd tensors.
+
+    Raises:
+        ConfigError, InputError: see `load_model`.
+    """
+    chosen = choose_class(config, model_class)
     names = _map_names(checkpoint, chosen)
     tied = _tie(names, checkpoint, config) if chosen is ArceeForCausalLM else None
     with upstream.keep_random_state():
         model = ArceeModel(config) if chosen is ArceeModel else ArceeForCausalLM(config, tied=tied)
         _quantize_layers(model, names, config)
-    _check_tensors(model, names, checkpoint)
     return OpenedModel(config, checkpoint, names, model)
+
+
+def choose_class(config: ArceeConfig, asked: type[Any] | None = None) -> type[Model]:
+    """The class to load a checkpoint as: the one asked for, else the one that config.json names.
+
+    Raises:
+        ConfigError, InputError: see `load_model`.
+    """
+    if asked is not None:
+        if asked not in _CLASSES.values():
+            raise InputError(f"model_class is {asked!r}; expected {' or '.join(_CLASSES)}")
+        return asked
+    named = (config.architectures or ["ArceeForCausalLM"])[0]
+    if named not in _CLASSES:
+        raise ConfigError(
+            f"{config.source}: architectures names {named!r}; expected {' or '.join(_CLASSES)}; pass model_class "
+            f"to load the decoder of this checkpoint"
+        )
+    return _CLASSES[named]
+
+
+@dataclass(frozen=True)
+class Misfits:
+    """Where a checkpoint's tensors are not those of the model that its config describes.
+
+    Attributes:
+        missing: the model's key -> the shape it needs, sorted.
+        unexpected: tensors that the model has no place for, sorted.
+        wrong: the file's key -> what is wrong with its shape or dtype, in words.
+    """
+
+    missing: Mapping[str, tuple[int, ...]]
+    unexpected: Sequence[TensorEntry]
+    wrong: Mapping[str, str]
+
+
+def find_misfits(opened: OpenedModel) -> Misfits:
+    """Compares names, shapes and kinds of a checkpoint's tensors with its model's; reads no tensor."""
+    names, entries = opened.names, opened.checkpoint.entries
+    expected: dict[str, mx.array] = dict(tree_flatten(opened.model.parameters()))
+    wrong = {}
+    for key, array in expected.items():
+        if key in names and (problem := _find_problem(entries[names[key]], array)):
+            wrong[names[key]] = problem
+    return Misfits(
+        missing={key: tuple(expected[key].shape) for key in sorted(expected.keys() - names.keys())},
+        unexpected=[entries[names[key]] for key in sorted(names.keys() - expected.keys())],
+        wrong=wrong,
+    )
 
 
 def save_checkpoint(
@@ -160,20 +217,6 @@ def save_checkpoint(
         write_json(folder / "config.json", values)
         if tokenizer is not None:
             tokenizer.save(folder)
-
-
-def _choose_class(config: ArceeConfig, asked: type[Any] | None) -> type[Model]:
-    if asked is not None:
-        if asked not in _CLASSES.values():
-            raise InputError(f"model_class is {asked!r}; expected {' or '.join(_CLASSES)}")
-        return asked
-    named = (config.architectures or ["ArceeForCausalLM"])[0]
-    if named not in _CLASSES:
-        raise ConfigError(
-            f"{config.source}: architectures names {named!r}; expected {' or '.join(_CLASSES)}; pass model_class "
-            f"to load the decoder of this checkpoint"
-        )
-    return _CLASSES[named]
 
 
 def _map_names(checkpoint: Checkpoint, chosen: type[Model]) -> dict[str, str]:
@@ -243,9 +286,8 @@ def _check_quantization(chosen: Mapping[str, Any], path: str, inputs: int, confi
         )
 
 
-def _check_tensors(model: Model, names: Mapping[str, str], checkpoint: Checkpoint) -> None:
-    expected: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
-    if missing := sorted(expected.keys() - names.keys()):
+def _refuse_misfits(checkpoint: Checkpoint, misfits: Misfits) -> None:
+    if missing := list(misfits.missing):
         advice = (
             "the head cannot be made up; the file is incomplete"
             if missing[0].startswith("lm_head")
@@ -253,32 +295,29 @@ def _check_tensors(model: Model, names: Mapping[str, str], checkpoint: Checkpoin
         )
         raise CheckpointError(
             f"{checkpoint.folder}: has no tensor {missing[0]!r}{_and_more(missing)}; expected shape "
-            f"{expected[missing[0]].shape}; {advice}"
+            f"{misfits.missing[missing[0]]}; {advice}"
         )
-    if unexpected := sorted(names.keys() - expected.keys()):
-        entry = checkpoint.entries[names[unexpected[0]]]
+    if unexpected := misfits.unexpected:
         raise CheckpointError(
-            f"{entry.file}: holds {entry.name!r}{_and_more(unexpected)}, which this model does not have; expected only "
-            f"what config.json describes; check that config and weights belong together"
+            f"{unexpected[0].file}: holds {unexpected[0].name!r}{_and_more(unexpected)}, which this model does not have; "
+            f"expected only what config.json describes; check that config and weights belong together"
         )
-    for key, array in expected.items():
-        _check_tensor(checkpoint.entries[names[key]], array)
+    for name, problem in misfits.wrong.items():
+        raise CheckpointError(f"{checkpoint.entries[name].file}: {name!r} {problem}")
 
 
-def _check_tensor(entry: TensorEntry, expected: mx.array) -> None:
+def _find_problem(entry: TensorEntry, expected: mx.array) -> str:
     packed = expected.dtype in (mx.uint32, mx.uint8)
     if entry.shape != tuple(expected.shape):
-        raise CheckpointError(
-            f"{entry.file}: {entry.name!r} has shape {entry.shape}; expected {tuple(expected.shape)}; check that config "
-            f"and weights belong together"
+        return (
+            f"has shape {entry.shape}; expected {tuple(expected.shape)}; check that config and weights belong together"
         )
     if packed != (entry.dtype not in FLOATS):
-        raise CheckpointError(
-            f"{entry.file}: {entry.name!r} has dtype {entry.dtype}; expected {'packed integers' if packed else 'floats'}"
-        )
+        return f"has dtype {entry.dtype}; expected {'packed integers' if packed else 'floats'}"
+    return ""
 
 
-def _and_more(names: list[str]) -> str:
+def _and_more(names: Sequence[object]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 

@@ -91,6 +91,7 @@ class Tokenizer:
     """A checkpoint's tokenizer; `read_tokenizer` makes it. Safe to share: nothing in it changes after it is made.
 
     Attributes:
+        kind: The tokenizers library's name of its algorithm, such as "BPE".
         vocab_size: Number of ids, added tokens included: the largest id plus one.
         special_tokens: Texts of the special tokens by name (`bos_token`, ...), the model's own names included.
         bos_token, eos_token, pad_token, unk_token: Their texts, or None.
@@ -122,6 +123,7 @@ class Tokenizer:
         self._chat_templates = dict(chat_templates)
         self._cleans_up_spaces = cleans_up_spaces
         self._special_ids = special_ids
+        self.kind: str = type(backend.model).__name__
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         # Embedding tables are padded to round sizes; a model may emit an id beyond the tokenizer's, which has no text.
         self._id_count = max(self.vocab_size, model_vocab_size)

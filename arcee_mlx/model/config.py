@@ -211,7 +211,7 @@ class ArceeConfig:
         for key in ("output_hidden_states", "output_attentions"):
             if not values[key]:
                 del values[key]
-        return _encode_special_floats({"model_type": "arcee", **values})
+        return encode_special_floats({"model_type": "arcee", **values})
 
     def _check_types(self) -> None:
         for name in (
@@ -385,9 +385,10 @@ def _decode_special_floats(value: Any) -> Any:
     return [_decode_special_floats(item) for item in value] if isinstance(value, list) else value
 
 
-def _encode_special_floats(value: Any) -> Any:
+def encode_special_floats(value: Any) -> Any:
+    """Writes infinities and NaN, which JSON does not have, as transformers 5 does."""
     if isinstance(value, float) and not math.isfinite(value):
         return {"__float__": "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
     if isinstance(value, dict):
-        return {key: _encode_special_floats(item) for key, item in value.items()}
-    return [_encode_special_floats(item) for item in value] if isinstance(value, list) else value
+        return {key: encode_special_floats(item) for key, item in value.items()}
+    return [encode_special_floats(item) for item in value] if isinstance(value, list) else value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from collections import Counter
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
@@ -52,6 +53,7 @@ class LoopbackHub:
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.requests: list[Request] = []
+        self.sent_bytes: Counter[str] = Counter()  # of files' content, by name
         self.is_login_page = False  # answers everything with a web page, as a captive portal does
         self._server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -154,12 +156,15 @@ class _Handler(BaseHTTPRequestHandler):
         start, total = 0, len(data)
         headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         if wanted := self.headers.get("Range"):
-            start = int(wanted.removeprefix("bytes=").partition("-")[0])
-            headers["Content-Range"] = f"bytes {start}-{total - 1}/{total}"
-        length = total - start
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            start, data = int(first), data[: int(last) + 1 if last else total]
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{total}"
+        length = len(data) - start
         if self.command == "GET" and name in repo.cut:
             repo.cut.discard(name)
             data = data[: start + length // 2]
+        if self.command == "GET":
+            self.hub.sent_bytes[name] += len(data) - start
         self._send(206 if wanted else 200, data[start:], headers, length=length)
 
     def _send_json(self, value: object) -> None:

@@ -8,11 +8,10 @@ import json
 import logging
 import os
 import re
-import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from typing import Any
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
-from huggingface_hub.utils import close_session
 
 import arcee_mlx.checkpoint.hub
 from arcee_mlx.checkpoint.hub import resolve_folder
@@ -63,35 +61,6 @@ SHARDS = {
     "model-00001-of-00002.safetensors": b"one",
     "model-00002-of-00002.safetensors": b"two",
 }
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub]:
-    """A running hub that huggingface_hub believes in, with a cache and home of its own and no way to a real host."""
-    find_address = socket.getaddrinfo
-
-    def find_loopback(host: str, *args: Any, **kwargs: Any) -> Any:
-        assert host == "127.0.0.1", f"a test reached out to {host}"
-        return find_address(host, *args, **kwargs)
-
-    monkeypatch.setattr(socket, "getaddrinfo", find_loopback)
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.lower(), raising=False)
-    with LoopbackHub() as server:
-        # HF_ENDPOINT and its kin are read when huggingface_hub is imported: here the values it read are replaced, and
-        # test_environment_alone_leads_to_the_hub starts a process with the variables themselves.
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", str(tmp_path / "agents.json"), raising=False)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        close_session()
-        yield server
-    close_session()
 
 
 def contents(folder: Path) -> dict[str, bytes]:

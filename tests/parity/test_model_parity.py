@@ -612,7 +612,7 @@ def test_masks_are_the_arrays_transformers_builds() -> None:
     np.testing.assert_array_equal(np.array(got), expected.numpy())
     positions = np.array([[0, 1, 2, 0, 1, 2], [4, 5, 0, 0, 1, 7]])
     expected = create_causal_mask(config, embeds, None, None, position_ids=torch.tensor(positions))
-    np.testing.assert_array_equal(np.array(packed_mask(mx.array(positions))), expected.numpy())
+    np.testing.assert_array_equal(np.array(packed_mask(mx.array(positions)).hidden), expected.numpy())
 
 
 @pytest.mark.parametrize(
