@@ -1,5 +1,6 @@
 """arcee_mlx: Arcee's dense decoder (AFM-4.5B and its fine-tunes) on Apple Silicon through MLX."""
 
+from .checkpoint.adapters import fuse_adapter, save_peft_adapter, set_adapter
 from .checkpoint.function_schema import get_json_schema
 from .checkpoint.loading import DEMO_MODEL, load, load_model, save_checkpoint
 from .checkpoint.tokenizer import Tokenizer
@@ -61,6 +62,7 @@ __all__ = [
     "TokenizerError",
     "beam_search",
     "cache_prompt",
+    "fuse_adapter",
     "generate",
     "generate_answers",
     "generate_batch",
@@ -70,6 +72,8 @@ __all__ = [
     "load_model",
     "load_prompt_cache",
     "save_checkpoint",
+    "save_peft_adapter",
     "save_prompt_cache",
+    "set_adapter",
     "stream_generate",
 ]

@@ -1,4 +1,4 @@
-"""The one door to mlx_lm: imported on first use, with what its import would change in the process held off.
+"""The one door to mlx_lm: imported on first use, with what it would change in the process held off.
 
 Importing mlx_lm takes over a second, loads transformers, sets an environment variable and lowers the process's HARD
 limit of open files, which a normal user cannot raise again.
@@ -6,12 +6,16 @@ limit of open files, which a normal user cannot raise again.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import resource
 import threading
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
+
+import mlx.core as mx
 
 _lock = threading.Lock()
 
@@ -39,3 +43,14 @@ def mlx_lm_module(name: str) -> ModuleType:
                 os.environ.pop(variable, None)
             else:
                 os.environ[variable] = before
+
+
+@contextlib.contextmanager
+def keep_random_state() -> Iterator[None]:
+    """Puts MLX's global random state back, from which every new layer draws, mlx's and mlx_lm's."""
+    state: Any = mx.random.state
+    high, low = state[0].tolist()
+    try:
+        yield
+    finally:
+        mx.random.seed(high << 32 | low)

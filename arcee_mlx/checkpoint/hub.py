@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, HubError, InputError
-from .hub_request import DOCUMENTS, INDEX, NEVER, TEMPLATES, WEIGHTS, Wanted, explain, find_outage
+from .hub_request import DOCUMENTS, INDEX, NEVER, TEMPLATES, Wanted, explain, find_outage
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".npz", ".h5", ".msgpack", ".onnx")
 _FILE_SUFFIXES = (*_WEIGHT_SUFFIXES, ".json", ".jinja", ".txt", ".pickle", ".pkl", ".zip", ".gz")
@@ -29,15 +29,21 @@ _logger = logging.getLogger("arcee_mlx")
 
 
 def resolve_folder(
-    path_or_id: str | os.PathLike[str], *, revision: str | None = None, weights: bool = True, progress: bool = True
+    path_or_id: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    weights: bool = True,
+    adapter: bool = False,
+    progress: bool = True,
 ) -> Path:
-    """Return the local folder that holds a checkpoint, downloading it from the hub if it is named by its id.
+    """Return the local folder that holds a checkpoint or an adapter, downloading it if it is named by its hub id.
 
     Args:
         path_or_id: A folder (`~` is expanded) or a hub id, `name` or `org/name`. An existing folder wins; an
             `os.PathLike` and text that looks like a path are never taken for an id.
         revision: Branch, tag or full commit hash on the hub; None is the default branch. Not for a folder.
         weights: Fetch the safetensors too; False fetches the configuration, tokenizer and documents alone.
+        adapter: It is an adapter that is wanted: its configuration and safetensors.
         progress: Show huggingface_hub's progress bars, if standard error is a terminal.
 
     Returns:
@@ -48,7 +54,7 @@ def resolve_folder(
         CheckpointError: No such folder, a file, an unreadable folder, or a repository without a usable checkpoint.
         HubError: The hub refused, could not be reached, or the cache cannot hold or does not have all files.
     """
-    found = _locate(path_or_id, revision, weights=weights)
+    found = _locate(path_or_id, revision, weights=weights, adapter=adapter)
     return found if isinstance(found, Path) else _download(found, show_progress=progress)
 
 
@@ -124,7 +130,9 @@ def _matters(name: str) -> bool:
     return not base.startswith(".") and (not folder or (folder == TEMPLATES and base.endswith(".jinja")))
 
 
-def _locate(path_or_id: str | os.PathLike[str], revision: str | None, *, weights: bool) -> Path | Wanted:
+def _locate(
+    path_or_id: str | os.PathLike[str], revision: str | None, *, weights: bool, adapter: bool = False
+) -> Path | Wanted:
     """An existing folder, or what to ask the hub for."""
     text = os.fspath(path_or_id)
     folder = _existing_folder(text) if text else None
@@ -150,7 +158,7 @@ def _locate(path_or_id: str | os.PathLike[str], revision: str | None, *, weights
         ) from error
     if revision is not None and not _REVISION.fullmatch(revision):
         raise InputError(f"revision is {revision!r}; expected a branch, a tag or a full commit hash; correct it")
-    return Wanted(text, revision, weights)
+    return Wanted(text, revision, weights, adapter)
 
 
 def _existing_folder(text: str) -> Path | None:
@@ -159,8 +167,7 @@ def _existing_folder(text: str) -> Path | None:
     try:
         if not stat.S_ISDIR(folder.stat().st_mode):
             raise CheckpointError(
-                f"{text!r} is a file; expected a folder with config.json and {WEIGHTS}; give the folder that holds"
-                f" it, {str(folder.parent)!r}"
+                f"{text!r} is a file; expected a folder; give the folder that holds it, {str(folder.parent)!r}"
             )
         # Reading the list and passing through are two permissions, and macOS keeps private folders from both.
         with os.scandir(folder) as entries:
@@ -185,10 +192,7 @@ def _no_folder_message(text: str) -> str:
     if "://" in text:
         return f"no such folder {text!r}; expected a folder or a hub id; give the id alone, as 'org/name'"
     if text.lower().endswith(_FILE_SUFFIXES):
-        return (
-            f"no such folder {text!r}; expected a folder with config.json and {WEIGHTS}, not a file's name; give the"
-            f" folder that holds the file"
-        )
+        return f"no such folder {text!r}; expected a folder, not a file's name; give the folder that holds the file"
     return (
         f"no such folder {text!r}; expected an existing folder, or a hub id such as 'name' or 'org/name'; check the"
         f" spelling"
@@ -204,7 +208,7 @@ def _download(wanted: Wanted, *, show_progress: bool) -> Path:
     if missing := _missing_files(folder, wanted):
         raise CheckpointError(
             f"repository {wanted} does not give {_few(missing)}; expected every file that {INDEX} names, as"
-            f" {WEIGHTS}; give another revision"
+            f" {wanted.tensors}; give another revision"
         )
     return folder
 
@@ -307,12 +311,12 @@ def _missing_files(folder: Path, wanted: Wanted) -> list[str]:
         listed = [file.path for file in get_cached_repo_tree(wanted.repo_id, revision=folder.name)]
     except CachedRepoTreeNotFoundError:  # cached by an older huggingface_hub, or file by file
         listed = []
-    expected = {"config.json", *wanted.choose(listed)}
+    expected = {wanted.config, *wanted.choose(listed)}
     if wanted.weights:
-        shards = _shards_in_index(folder / INDEX)
+        shards = set() if wanted.adapter else _shards_in_index(folder / INDEX)
         expected |= shards
-        if not shards and not any(path.is_file() for path in folder.glob(WEIGHTS)):
-            expected.add("model.safetensors")
+        if not shards and not any(path.is_file() for path in folder.glob(wanted.tensors)):
+            expected.add("adapter_model.safetensors" if wanted.adapter else "model.safetensors")
     # A name that leads elsewhere is never looked up: shards lie beside their index.
     outside = {name for name in expected - set(listed) if Path(name).name != name}
     return sorted(outside | {name for name in expected - outside if not (folder / name).is_file()})
@@ -330,20 +334,19 @@ def _check_listing(wanted: Wanted, names: Iterable[str]) -> None:
     names = sorted(names)
     if wanted.weights and not any(name.endswith(".safetensors") for name in wanted.choose(names)):
         found = [name for name in names if name.lower().endswith(_WEIGHT_SUFFIXES)]
-        if "adapter_config.json" in names:
-            remedy = "this is an adapter: load its base model, and the adapter onto it"
+        if "adapter_config.json" in names and not wanted.adapter:
+            remedy = "this is an adapter: load its base model, and give the adapter as adapter_path"
         elif any(name.endswith(".safetensors") for name in found):
             remedy = "save the model again with transformers' save_pretrained, which names the files so"
         else:
             remedy = "give a revision or repository that has safetensors, or convert it with transformers"
         raise CheckpointError(
-            f"repository {wanted} has {_few(found) if found else 'no weights'}; expected {WEIGHTS} at its top level:"
-            f" only safetensors are read; {remedy}"
+            f"repository {wanted} has {_few(found) or 'no weights'}; expected {wanted.tensors} at its top level: only"
+            f" safetensors are read; {remedy}"
         )
-    if "config.json" not in names:
-        raise CheckpointError(
-            f"repository {wanted} has no config.json; expected a checkpoint as transformers saves it; check the id"
-        )
+    if wanted.config not in names:
+        kind = "an adapter as PEFT or mlx-lm saves it" if wanted.adapter else "a checkpoint as transformers saves it"
+        raise CheckpointError(f"repository {wanted} has no {wanted.config}; expected {kind}; check the id")
 
 
 def _few(names: list[str]) -> str:

@@ -38,14 +38,25 @@ class Wanted:
     repo_id: str
     revision: str | None
     weights: bool
+    adapter: bool = False
 
     def __str__(self) -> str:
         return f"{self.repo_id!r}" + (f" at revision {self.revision!r}" if self.revision else "")
 
     @property
+    def config(self) -> str:
+        """The file that says what the weights are."""
+        return "adapter_config.json" if self.adapter else "config.json"
+
+    @property
+    def tensors(self) -> str:
+        """The pattern of the weights' files."""
+        return "adapter*.safetensors" if self.adapter else WEIGHTS
+
+    @property
     def files(self) -> list[str]:
-        """Patterns of the files a model is loaded from."""
-        return [*_MODEL_FILES, WEIGHTS] if self.weights else [*_MODEL_FILES]
+        """Patterns of the files a model or an adapter is loaded from."""
+        return [*([self.config] if self.adapter else _MODEL_FILES), *([self.tensors] if self.weights else [])]
 
     def choose(self, names: Iterable[str]) -> list[str]:
         from huggingface_hub.utils import filter_repo_objects

@@ -12,16 +12,17 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from .. import upstream
 from ..errors import CheckpointError, ConfigError, InputError
 from ..model.config import ArceeConfig, read_config
 from ..model.decoder import ArceeForCausalLM, ArceeModel
+from .adapters import Model, has_adapter, set_adapter
 from .files import FLOATS, Checkpoint, TensorEntry, new_folder, open_checkpoint, same_content, write_json, write_tensors
 from .hub import resolve_folder
 from .tokenizer import Tokenizer, read_tokenizer
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo"  # the small trained model that comes with the package
 
-Model = ArceeForCausalLM | ArceeModel
 M = TypeVar("M", ArceeForCausalLM, ArceeModel)
 _CLASSES: dict[str, type[Model]] = {"ArceeForCausalLM": ArceeForCausalLM, "ArceeModel": ArceeModel}
 _HEADS = ("lm_head", "score", "qa_outputs")
@@ -29,21 +30,26 @@ _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 
 
 def load(
-    path_or_id: str | os.PathLike[str], revision: str | None = None, dtype: mx.Dtype | str | None = None
+    path_or_id: str | os.PathLike[str],
+    revision: str | None = None,
+    dtype: mx.Dtype | str | None = None,
+    *,
+    adapter_path: str | os.PathLike[str] | None = None,
 ) -> tuple[ArceeForCausalLM, Tokenizer]:
     """Loads a causal model and its tokenizer, as mlx_lm.load.
 
     Args:
         path_or_id: a checkpoint folder, or a Hugging Face Hub id such as "arcee-ai/AFM-4.5B".
         revision: branch, tag or commit of a hub id.
-        dtype: see `load_model`.
+        dtype, adapter_path: see `load_model`.
 
     Raises:
         ArceeError: see `load_model`; TokenizerError when there is no usable tokenizer.json.
     """
+    adapter = None if adapter_path is None else resolve_folder(adapter_path, adapter=True)  # before a large download
     folder = resolve_folder(path_or_id, revision=revision)
     tokenizer = read_tokenizer(folder)
-    return load_model(folder, ArceeForCausalLM, dtype=dtype), tokenizer
+    return load_model(folder, ArceeForCausalLM, dtype=dtype, adapter_path=adapter), tokenizer
 
 
 def load_model(
@@ -52,6 +58,7 @@ def load_model(
     dtype: mx.Dtype | str | None = None,
     *,
     revision: str | None = None,
+    adapter_path: str | os.PathLike[str] | None = None,
 ) -> M:
     """Loads a model. Nothing is read from disk before it is first computed with, and then once.
 
@@ -62,19 +69,24 @@ def load_model(
         dtype: of weights and activations: an mx.Dtype or its name; "auto" for the checkpoint's own (config `dtype`,
             else `torch_dtype`, else the file's); None for the checkpoint's own on a GPU and float32 on MLX's CPU
             backend, where half precision is many times slower.
+        adapter_path: a LoRA or DoRA adapter to put on; see `set_adapter`.
 
     Raises:
-        ConfigError: config.json does not describe a model this package runs exactly.
+        ConfigError: config.json does not describe a model this package runs exactly, or adapter_config.json such an
+            adapter.
         CheckpointError: files are missing or damaged, or a tensor is missing, unexpected or mis-shaped.
         HubError: a hub id could not be downloaded.
         InputError: dtype or model_class is none of the above.
     """
+    adapter = None if adapter_path is None else resolve_folder(adapter_path, adapter=True)  # before a large download
     opened = open_model(resolve_folder(path_or_id, revision=revision), model_class)
     target = _compute_dtype(dtype, opened.config, opened.checkpoint)
     arrays = opened.checkpoint.arrays()
     weights = {key: _cast(arrays[name], target) for key, name in opened.names.items()}
     opened.model.load_weights(list(weights.items()), strict=True)
     opened.model.eval()
+    if adapter is not None:
+        set_adapter(opened.model, adapter)
     return opened.model  # type: ignore[return-value]
 
 
@@ -113,13 +125,9 @@ def lay_out_model(config: ArceeConfig, checkpoint: Checkpoint, model_class: type
     chosen = choose_class(config, model_class)
     names = _map_names(checkpoint, chosen)
     tied = _tie(names, checkpoint, config) if chosen is ArceeForCausalLM else None
-    state: Any = mx.random.state
-    high, low = state[0].tolist()  # making layers draws from the global generator: put it back after
-    try:
+    with upstream.keep_random_state():
         model = ArceeModel(config) if chosen is ArceeModel else ArceeForCausalLM(config, tied=tied)
         _quantize_layers(model, names, config)
-    finally:
-        mx.random.seed(high << 32 | low)
     return OpenedModel(config, checkpoint, names, model)
 
 
@@ -190,8 +198,12 @@ def save_checkpoint(
         overwrite: replace an existing checkpoint folder.
 
     Raises:
-        InputError: the folder exists and `overwrite` is false.
+        InputError: the folder exists and `overwrite` is false; or the model has an adapter that is not fused.
     """
+    if has_adapter(model):
+        raise InputError(
+            "the model has an adapter; expected a base alone; fuse_adapter it first, or set_adapter(model, None)"
+        )
     weights = dict(tree_flatten(model.parameters()))
     dtypes = {str(w.dtype).removeprefix("mlx.core.") for k, w in weights.items() if k.endswith("norm.weight")}
     values = model.config.to_dict() | {"architectures": [type(model).__name__], "dtype": dtypes.pop()}

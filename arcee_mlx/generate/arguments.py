@@ -48,6 +48,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--model", metavar="PATH|ID", help="checkpoint folder or Hugging Face Hub id (default: the demo)"
     )
+    model.add_argument("--adapter-path", metavar="PATH|ID", help="LoRA or DoRA adapter to put on, mlx-lm's or PEFT's")
     model.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id")
     model.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16", "auto"),

@@ -23,7 +23,7 @@ def open_model(args: argparse.Namespace) -> tuple[ArceeForCausalLM, Tokenizer]:
         print(
             "No --model given: using the small bundled demo. For real work: --model arcee-ai/AFM-4.5B", file=sys.stderr
         )
-    return load(args.model or DEMO_MODEL, args.revision, args.dtype)
+    return load(args.model or DEMO_MODEL, args.revision, args.dtype, adapter_path=args.adapter_path)
 
 
 def make_prompt(args: argparse.Namespace, tokenizer: Tokenizer, text: str, *, goes_on: bool = False) -> Prompt:

@@ -293,6 +293,53 @@ def test_file_that_vanished_from_the_cache_is_fetched_again(hub: LoopbackHub) ->
     assert contents(resolve_folder("org/model")) == MODEL
 
 
+# Adapters
+
+ADAPTERS = {
+    "peft": {"adapter_config.json": b'{"peft_type": "LORA"}', "adapter_model.safetensors": b"low rank"},
+    "mlx-lm": {"adapter_config.json": b'{"fine_tune_type": "lora"}', "adapters.safetensors": b"low rank"},
+}
+BESIDE = {
+    "adapter_model.bin": b"pickle",
+    "0000100_adapters.safetensors": b"halfway through training",
+    "checkpoint-100/adapter_model.safetensors": b"halfway through training",
+    "model.safetensors": b"merged",
+    "config.json": b"{}",
+    "tokenizer.json": b"{}",
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapter_comes_alone_and_is_found_again_offline(
+    hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    hub.add("org/adapter", {**ADAPTERS[kind], **BESIDE, "README.md": b"# adapter"})
+    folder = resolve_folder("org/adapter", adapter=True)
+    assert contents(folder) == {**ADAPTERS[kind], "README.md": b"# adapter"}
+    go_offline(monkeypatch)
+    assert resolve_folder("org/adapter", adapter=True) == folder
+    next(folder.glob("adapter*.safetensors")).unlink()
+    with pytest.raises(HubError, match="lacks adapter.*safetensors"):
+        resolve_folder("org/adapter", adapter=True)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({**BESIDE, "adapter_config.json": b"{}"}, "has .*adapter_model.bin.*; expected adapter.*.safetensors"),
+        ({"adapter_model.safetensors": b""}, "has no adapter_config.json"),
+        ({"config.json": b"{}", "model.safetensors": b""}, "has model.safetensors; expected adapter"),
+    ],
+)
+def test_repository_without_an_adapter_is_refused_before_any_download(
+    hub: LoopbackHub, files: dict[str, bytes], message: str
+) -> None:
+    hub.add("org/model", files)
+    with pytest.raises(CheckpointError, match=message) as error:
+        resolve_folder("org/model", adapter=True)
+    assert "as adapter_path" not in str(error.value) and not hub.downloads()
+
+
 # Progress
 
 
