@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -123,8 +123,11 @@ def lay_out_model(config: ArceeConfig, checkpoint: Checkpoint, model_class: type
         ConfigError, InputError: see `load_model`.
     """
     chosen = choose_class(config, model_class)
-    names = _map_names(checkpoint, chosen)
-    tied = _tie(names, checkpoint, config) if chosen is ArceeForCausalLM else None
+    entries = checkpoint.entries
+    names = map_names(entries, chosen)
+    tied = None
+    if chosen is ArceeForCausalLM:
+        tied = tie_names(names, config, lambda a, b: same_content(entries[a], entries[b]))
     with upstream.keep_random_state():
         model = ArceeModel(config) if chosen is ArceeModel else ArceeForCausalLM(config, tied=tied)
         _quantize_layers(model, names, config)
@@ -219,9 +222,9 @@ def save_checkpoint(
             tokenizer.save(folder)
 
 
-def _map_names(checkpoint: Checkpoint, chosen: type[Model]) -> dict[str, str]:
+def map_names(names: Iterable[str], chosen: type[Model]) -> dict[str, str]:
     """The model's key -> the file's: base and causal prefixes mapped, stale tensors and other heads left out by name."""
-    names = [name for name in checkpoint.entries if not name.endswith("rotary_emb.inv_freq")]
+    names = [name for name in names if not name.endswith("rotary_emb.inv_freq")]
     has_prefix = any(name.startswith("model.") for name in names)
     if chosen is ArceeModel:
         names = [name for name in names if name.split(".")[0] not in _HEADS]
@@ -231,8 +234,13 @@ def _map_names(checkpoint: Checkpoint, chosen: type[Model]) -> dict[str, str]:
     return {name if name.split(".")[0] in _HEADS else f"model.{name}": name for name in names}
 
 
-def _tie(names: dict[str, str], checkpoint: Checkpoint, config: ArceeConfig) -> bool:
-    """Decides whether head and embedding are one, as transformers does, and leaves one of them in `names`."""
+def tie_names(names: dict[str, str], config: ArceeConfig, same: Callable[[str, str], bool]) -> bool:
+    """Decides whether head and embedding are one, as transformers does, and leaves one of them in `names`.
+
+    Args:
+        names: from `map_names`; changed in place.
+        same: whether two tensors of the file, by the file's keys, are equal to the bit.
+    """
     embedding = {key for key in names if key.startswith(_EMBEDDING + ".")}
     head = {key for key in names if key.startswith(_HEAD + ".")}
     if not config.tie_word_embeddings:
@@ -240,8 +248,7 @@ def _tie(names: dict[str, str], checkpoint: Checkpoint, config: ArceeConfig) -> 
     if embedding and head:
         pairs = [(key, key.replace(_EMBEDDING, _HEAD)) for key in embedding]
         if len(embedding) != len(head) or not all(
-            other in names and same_content(checkpoint.entries[names[key]], checkpoint.entries[names[other]])
-            for key, other in pairs
+            other in names and same(names[key], names[other]) for key, other in pairs
         ):
             return False
         for key in head:

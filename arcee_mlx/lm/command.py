@@ -1,0 +1,72 @@
+"""mlx-lm's commands on Arcee checkpoints; what they would change in the process is put back."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+from .. import upstream
+from ..errors import InputError
+from ..program import run_reporting
+
+# Commands -> the options that say which model they work on. Without one, mlx-lm would download a model of its own choice.
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "awq": ("--model", "-m"),
+    "benchmark": ("--model",),
+    "cache_prompt": ("--model",),
+    "chat": ("--model",),
+    "convert": ("--model", "--hf-path"),
+    "dwq": ("--model", "-m"),
+    "dynamic_quant": ("--model", "-m"),
+    "evaluate": ("--model",),
+    "fuse": ("--model",),
+    "generate": ("--model",),
+    "gptq": ("--model", "-m"),
+    "lora": ("--model", "--config", "-c"),
+    "perplexity": ("--model",),
+    "server": ("--model",),
+}
+# Commands -> a package they import and mlx-lm does not require, and the extra of mlx-lm that brings it.
+_PACKAGES = {"dwq": ("datasets", "train"), "evaluate": ("lm_eval", "evaluate"), "perplexity": ("datasets", "train")}
+NAME = "python -m arcee_mlx.lm"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one of mlx-lm's commands and returns the exit status; argparse's own exits pass through."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: {NAME} COMMAND ...\n\nmlx-lm's commands on Arcee models: {', '.join(COMMANDS)}.")
+        print("COMMAND --help lists a command's options, which are mlx-lm's.")
+        return 0 if arguments else 2
+    return run_reporting(lambda: _run(arguments[0], arguments[1:]))
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    if command not in COMMANDS:
+        raise InputError(f"command is {command!r}; expected one of {', '.join(COMMANDS)}; try {NAME} --help")
+    given = {argument.split("=")[0] for argument in arguments}
+    if not given & {*COMMANDS[command], "-h", "--help"}:
+        raise InputError(f"{command} names no model; expected {' or '.join(COMMANDS[command])} FOLDER_OR_ID; add it")
+    package, extra = _PACKAGES.get(command, (None, None))
+    if package is not None and find_spec(package) is None:
+        raise InputError(f"{package} is not installed; expected it for {command}; pip install 'mlx-lm[{extra}]'")
+    with _own_process(command, arguments):
+        upstream.mlx_lm_module("cli").main()
+    return 0
+
+
+@contextmanager
+def _own_process(command: str, arguments: list[str]) -> Iterator[None]:
+    """Gives a command its sys.argv, and puts that and the environment back after."""
+    argv, environment = sys.argv, dict(os.environ)
+    sys.argv = [f"{NAME} {command}", command, *arguments]
+    try:
+        yield
+    finally:
+        sys.argv = argv
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
