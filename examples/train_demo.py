@@ -221,7 +221,7 @@ def export_checkpoint(model: ArceeForCausalLM, tokenizer: Tokenizer, folder: Pat
         },
         "generation_config.json": {
             "bos_token_id": ids[BOS], "eos_token_id": [ids[EOS], ids[TURN_END]], "pad_token_id": ids[PAD],
-            "do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 50, "repetition_penalty": 1.1,
+            "do_sample": True, "temperature": 0.5, "top_p": 0.9, "top_k": 50, "repetition_penalty": 1.1,
         },
     }  # fmt: skip
     for name, values in settings.items():
