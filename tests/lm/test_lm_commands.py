@@ -25,15 +25,21 @@ IDS = mx.array([[5, 6, 7, 300, 8]])
 
 
 @pytest.fixture(scope="module")
-def demo(checkpoint: Path) -> str:
-    """The demo model that comes with the package (a tiny random one until it is there)."""
-    return str(arcee_mlx.DEMO_MODEL if (arcee_mlx.DEMO_MODEL / "config.json").exists() else checkpoint)
+def demo() -> str:
+    """The demo model that comes with the package, quantized."""
+    return str(arcee_mlx.DEMO_MODEL)
 
 
 @pytest.fixture(scope="module")
-def shallow(demo: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+def float_demo() -> str:
+    """The float checkpoint it was made from: for full fine-tuning and for what quantizes."""
+    return str(Path(__file__).parents[1] / "assets" / "demo")
+
+
+@pytest.fixture(scope="module")
+def shallow(float_demo: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The first layer of the demo model: the quantization searches take a minute for all of it."""
-    model, tokenizer = arcee_mlx.load(demo)
+    model, tokenizer = arcee_mlx.load(float_demo)
     config = arcee_mlx.ArceeConfig.from_dict(model.config.to_dict() | {"num_hidden_layers": 1})
     first = arcee_mlx.ArceeForCausalLM(config)
     first.update(model.parameters() | {"model": model.model.parameters() | {"layers": [model.layers[0].parameters()]}})
@@ -151,19 +157,30 @@ def test_evaluate(demo: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
-def test_lora_then_fuse(demo: str, data: str, kind: str) -> None:
-    train = ["lora", "--model", demo, "--train", "--data", data, "--fine-tune-type", kind, "--adapter-path", "adapter"]
+def test_lora_then_fuse(float_demo: str, data: str, kind: str) -> None:
+    train = [
+        "lora",
+        "--model",
+        float_demo,
+        "--train",
+        "--data",
+        data,
+        "--fine-tune-type",
+        kind,
+        "--adapter-path",
+        "adapter",
+    ]
     small = ["--iters", "2", "--batch-size", "1", "--num-layers", "1", "--val-batches", "1", "--max-seq-length", "32"]
     lm(*train, *small, "--learning-rate", "1e-2", "--grad-checkpoint")
-    lm("generate", "--model", demo, "--adapter-path", "adapter", "--prompt", "Call", "--max-tokens", "2")
-    lm("fuse", "--model", demo, "--adapter-path", "adapter", "--save-path", "fused")
-    adapted, _ = mlx_lm_module("utils").load(demo, adapter_path="adapter")
-    fused, source = arcee_mlx.load_model("fused")(IDS), arcee_mlx.load_model(demo)(IDS)
+    lm("generate", "--model", float_demo, "--adapter-path", "adapter", "--prompt", "Call", "--max-tokens", "2")
+    lm("fuse", "--model", float_demo, "--adapter-path", "adapter", "--save-path", "fused")
+    adapted, _ = mlx_lm_module("utils").load(float_demo, adapter_path="adapter")
+    fused, source = arcee_mlx.load_model("fused")(IDS), arcee_mlx.load_model(float_demo)(IDS)
     assert apart(fused, adapted(IDS)) < 0.1 * apart(fused, source)
 
 
-def test_lora_on_a_quantized_model_then_fuse(demo: str, data: str) -> None:
-    lm("convert", "--model", demo, "--mlx-path", "quantized", "-q", "--q-group-size", "32")
+def test_lora_on_a_quantized_model_then_fuse(float_demo: str, data: str) -> None:
+    lm("convert", "--model", float_demo, "--mlx-path", "quantized", "-q", "--q-group-size", "32")
     train = ["lora", "--model", "quantized", "--train", "--test", "--data", data, "--adapter-path", "adapter"]
     small = ["--iters", "1", "--batch-size", "1", "--num-layers", "1", "--val-batches", "1", "--max-seq-length", "32"]
     lm(*train, *small, "--test-batches", "1")
@@ -171,12 +188,12 @@ def test_lora_on_a_quantized_model_then_fuse(demo: str, data: str) -> None:
     check_output("fused", "quantized", 0.1)
 
 
-def test_convert_quantizes_and_back(demo: str) -> None:
+def test_convert_quantizes_and_back(float_demo: str) -> None:
     quantize = ["-q", "--q-bits", "8", "--q-group-size", "32"]
-    lm("convert", "--hf-path", demo, "--mlx-path", "quantized", *quantize)
-    check_output("quantized", demo, 0.05)
+    lm("convert", "--hf-path", float_demo, "--mlx-path", "quantized", *quantize)
+    check_output("quantized", float_demo, 0.05)
     lm("convert", "--model", "quantized", "--mlx-path", "float", "-d")
-    check_output("float", demo, 0.05)
+    check_output("float", float_demo, 0.05)
     assert "quantization" not in json.loads(Path("float/config.json").read_text())
 
 
