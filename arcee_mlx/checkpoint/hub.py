@@ -151,6 +151,8 @@ def _locate(
 
     try:
         validate_repo_id(text)
+        if not text.isascii():  # what older huggingface_hub lets pass
+            raise HFValidationError(f"{text!r} is not ASCII")
     except HFValidationError as error:
         raise InputError(
             f"{text!r} is neither an existing folder nor a hub id; expected a folder, or an id such as 'name' or"
