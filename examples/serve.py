@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from arcee_mlx import DEMO_MODEL
+from arcee_mlx import DEMO_MODEL, load
 
 # A proxy that the environment names is not for this machine's own address.
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt", default="Tell me about the sea.")
     parser.add_argument("--max-tokens", type=int, default=60)
     args = parser.parse_args(argv)
+    load(args.model)  # checks it, and downloads it if need be; a server without its model would keep callers waiting
     with run_server(args.model) as address:
         print(f"serving at {address}/v1", flush=True)
         answer = ask(address, args.prompt, max_tokens=args.max_tokens, temperature=0.7, top_p=0.95, seed=1)

@@ -47,7 +47,8 @@ def test_the_two_examples_of_transformers_page_print_the_prompt_and_go_on(
 
 
 def test_their_lines_stand_there_as_comments() -> None:
-    lines = {line.strip().removeprefix("# ") for line in (EXAMPLES / "coming_from_transformers.py").open()}
+    source = (EXAMPLES / "coming_from_transformers.py").read_text(encoding="utf-8")
+    lines = {line.strip().removeprefix("# ") for line in source.splitlines()}
     theirs = {
         'output = pipeline("The key innovation in Arcee is")', 'print(output[0]["generated_text"])',
         'inputs = tokenizer("The key innovation in Arcee is", return_tensors="pt")',
@@ -90,8 +91,8 @@ def test_the_server_answers_and_is_gone_after(example: Callable[[str], Any], cap
         module.OPENER.open(f"{address[1]}/models", timeout=5)
 
 
-def test_a_server_that_does_not_start_is_an_error(example: Callable[[str], Any], tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="ended with status"):
+def test_no_server_is_started_without_a_model(example: Callable[[str], Any], tmp_path: Path) -> None:
+    with pytest.raises(arcee_mlx.ArceeError):
         example("serve").main(["--model", str(tmp_path / "no such folder")])
 
 
