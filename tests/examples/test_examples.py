@@ -43,7 +43,9 @@ def test_the_two_examples_of_transformers_page_print_the_prompt_and_go_on(
     for shown in (by_text, by_ids):
         assert shown.startswith(module.PROMPT) and len(shown) > len(module.PROMPT) + 20
     assert "<|" not in by_ids
-    assert len(arcee_mlx.load(arcee_mlx.DEMO_MODEL)[1].encode(by_ids.strip())) <= 60
+    tokenizer = arcee_mlx.load(arcee_mlx.DEMO_MODEL)[1]
+    added = len(tokenizer.encode(by_ids.strip())) - len(tokenizer.encode(module.PROMPT))
+    assert added <= 55  # 50 were; text read again may divide into a few more
 
 
 def test_their_lines_stand_there_as_comments() -> None:
@@ -61,7 +63,7 @@ def test_their_lines_stand_there_as_comments() -> None:
 def test_a_lora_adapter_teaches_the_phrase(example: Callable[[str], Any], capfd: pytest.CaptureFixture[str]) -> None:
     module = example("finetune_lora")
     assert module.main([]) == 0
-    shown = capfd.readouterr().out
+    shown = re.sub(r"\x1b\[[\d;]*m", "", capfd.readouterr().out)  # without mlx-lm's colours
     answers = {
         when: [re.split(r"(?<=[.?]) ", line, maxsplit=1)[1] for line in re.findall(rf"^{when}: (.*)$", shown, re.M)]
         for when in ("before", "after")
