@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 
 from .. import upstream
+from ..checkpoint.hub import resolve_folder
+from ..checkpoint.loading import open_model
 from ..errors import InputError
 from ..program import run_reporting
 
@@ -53,9 +56,19 @@ def _run(command: str, arguments: list[str]) -> int:
     package, extra = _PACKAGES.get(command, (None, None))
     if package is not None and find_spec(package) is None:
         raise InputError(f"{package} is not installed; expected it for {command}; pip install 'mlx-lm[{extra}]'")
+    if command == "server":
+        _check_model(arguments)
     with _own_process(command, arguments):
         upstream.mlx_lm_module("cli").main()
     return 0
+
+
+def _check_model(arguments: list[str]) -> None:
+    """Refuses a model that cannot be loaded: mlx-lm's server would start, and its first caller wait for ever."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model")
+    if model := parser.parse_known_args(arguments)[0].model:
+        open_model(resolve_folder(model))
 
 
 @contextmanager

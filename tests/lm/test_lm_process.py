@@ -91,6 +91,13 @@ def test_a_command_without_a_model_is_refused_and_downloads_none(
     assert "names no model; expected --model" in capsys.readouterr().err
 
 
+def test_the_server_refuses_a_model_it_could_not_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    assert main(["server", "--model", str(tmp_path / "empty"), "--port", "0"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "config.json" in line
+
+
 def test_a_missing_package_is_named_with_the_extra_that_brings_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
