@@ -18,6 +18,9 @@ from arcee_mlx import ArceeConfig, ArceeForCausalLM, save_checkpoint
 
 from loopback_hub import LoopbackHub
 
+# Modules that assert on behalf of several test files: a failure shows what they compared, too.
+pytest.register_assert_rewrite("checkpoint_changes", "conversion_data", "tokenizer_data")
+
 TEXT = (
     "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in my purse, I thought "
     "I would sail about a little and see the watery part of the world. Grüße, naïve café, 日本語, 🙂 and 👩‍👩‍👧."

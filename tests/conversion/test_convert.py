@@ -1,6 +1,5 @@
-"""What `convert` promises: the bits of whole-tensor quantization, the same model, bounded memory, and all or nothing."""
+"""What `convert` promises: the bits of whole-tensor quantization, the same model, the files beside it, bounded memory."""
 
-import errno
 import json
 import os
 import subprocess
@@ -8,7 +7,6 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
@@ -18,85 +16,24 @@ from arcee_mlx.checkpoint import files
 from arcee_mlx.conversion import quantize, run
 from arcee_mlx.conversion.recipes import Quantization, Recipe
 from arcee_mlx.conversion.run import convert
-from arcee_mlx.errors import CheckpointError, ConfigError, ConversionError, InputError
 
-DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
-FLOAT = Recipe(quantization=None)
-IDS = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
-SHAPE = {
-    "vocab_size": 133,
-    "hidden_size": 128,
-    "intermediate_size": 384,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+from conversion_data import (
+    DTYPES,
+    FLOAT,
+    IDS,
+    SHAPE,
+    assert_same_bits,
+    quantized_by_mlx,
+    random_weights,
+    read_weights,
+    write_source,
+)
 
 
 @pytest.fixture(autouse=True)
 def small_slices(monkeypatch):
     """Several slices a tensor, the last one ragged."""
     monkeypatch.setattr(quantize, "SLICE_BYTES", 12_000)
-
-
-def random_weights(config, model_class=ArceeForCausalLM, **options):
-    mx.random.seed(7)
-    keys = tree_flatten(model_class(config, **options).parameters())
-    return {key: mx.random.normal(value.shape) * 0.08 + ("norm" in key) for key, value in keys}
-
-
-def write_source(folder, weights=None, *, dtype="BF16", shards=1, architecture="ArceeForCausalLM", **changes):
-    """A checkpoint as transformers 4 saves it; `changes` go into the config, None removes a key."""
-    folder.mkdir(parents=True)
-    values = SHAPE | {"model_type": "arcee", "architectures": [architecture], "hidden_act": "relu2"} | changes
-    values.setdefault("torch_dtype", {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[dtype])
-    values = {key: value for key, value in values.items() if value is not None}
-    if weights is None:
-        weights = random_weights(ArceeConfig.from_dict(values))
-    weights = {key: value.astype(DTYPES[dtype]) for key, value in weights.items()}
-    (folder / "config.json").write_text(json.dumps(values))
-    names = sorted(weights)
-    if shards == 1:
-        mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
-        return folder
-    weight_map = {}
-    for i in range(shards):
-        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
-        weight_map |= dict.fromkeys(names[i::shards], file)
-        mx.save_safetensors(
-            str(folder / file), {name: weights[name] for name in names[i::shards]}, metadata={"format": "pt"}
-        )
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return folder
-
-
-def read_weights(folder):
-    weights = {}
-    for file in folder.glob("model*.safetensors"):
-        weights |= mx.load(str(file))
-    return weights
-
-
-def assert_same_bits(found, expected):
-    assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        assert found[key].dtype == value.dtype, key
-        assert mx.array_equal(found[key].view(mx.uint8), value.view(mx.uint8)).item(), key
-
-
-def assert_nothing_left(folder):
-    assert not list(folder.glob("out*")) and not list(folder.glob(".*"))
-
-
-def quantized_by_mlx(source, quantization, dtype=mx.bfloat16):
-    """What mlx-lm does: cast the whole model, then nn.quantize."""
-    model = load_model(source, dtype="auto")
-    model.set_dtype(dtype)
-    g, b = quantization.group_size, quantization.bits
-    nn.quantize(model, g, b, class_predicate=lambda _, m: hasattr(m, "to_quantized") and m.weight.shape[-1] % g == 0)
-    return model
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -311,158 +248,11 @@ def test_a_card_that_cannot_be_read_does_not_stop_a_conversion(tmp_path, text):
     assert 'library_name: "mlx"' in (tmp_path / "out/README.md").read_text()
 
 
-def test_an_existing_folder_is_refused_before_anything_is_read(tmp_path):
-    (tmp_path / "out").mkdir()
-    with pytest.raises(InputError, match="exists already"):
-        convert(tmp_path / "no such source", tmp_path / "out")
-
-
-def test_overwrite_replaces_a_checkpoint_and_nothing_else(tmp_path):
-    source = write_source(tmp_path / "in")
-    convert(source, tmp_path / "out")
-    convert(source, tmp_path / "out", Recipe(quantization=Quantization(bits=8)), overwrite=True)
-    assert json.loads((tmp_path / "out/config.json").read_text())["quantization"]["bits"] == 8
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos/cat.jpg").write_bytes(b"cat")
-    with pytest.raises(InputError, match="no checkpoint folder"):
-        convert(source, tmp_path / "photos", overwrite=True)
-    assert (tmp_path / "photos/cat.jpg").exists()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out", "photos"]
-
-
-def test_overwrite_never_takes_the_place_of_the_source(tmp_path):
-    source = write_source(tmp_path / "outer/in")
-    (tmp_path / "outer/config.json").write_text("{}")
-    for target in (source, tmp_path / "outer"):
-        with pytest.raises(InputError, match="is or holds the source"):
-            convert(source, target, overwrite=True)
-    assert load_model(source)
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize(
-    ("failure", "seen", "says"),
-    [
-        (CheckpointError("in/model.safetensors: cannot read 'x' (Input/output error)"), CheckpointError, "cannot read"),
-        (
-            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
-            ConversionError,
-            "No space left on device.*nothing was kept",
-        ),
-        (KeyboardInterrupt(), KeyboardInterrupt, None),
-    ],
-    ids=["read_error", "disk_full", "ctrl_c"],
-)
-def test_a_failure_in_the_middle_leaves_what_was_there_before(tmp_path, monkeypatch, failure, seen, says, overwrite):
-    source = write_source(tmp_path / "in")
-    if overwrite:
-        convert(source, tmp_path / "out", FLOAT)
-    place, name = (os, "pwrite") if isinstance(failure, OSError) else (quantize, "read_rows")
-    real, calls = getattr(place, name), []
-
-    def fail_at_the_ninth(*args):
-        calls.append(args)
-        if len(calls) == 9:
-            raise failure
-        return real(*args)
-
-    monkeypatch.setattr(place, name, fail_at_the_ninth)
-    with pytest.raises(seen, match=says):
-        convert(source, tmp_path / "out", overwrite=overwrite)
-    monkeypatch.undo()
-    assert len(calls) >= 9
-    assert sorted(p.name for p in tmp_path.iterdir()) == (["in", "out"] if overwrite else ["in"])
-    if overwrite:
-        assert load_model(tmp_path / "out").config.quantization is None
-
-
-def test_a_truncated_source_is_refused_before_anything_is_written(tmp_path):
-    source = write_source(tmp_path / "in")
-    os.truncate(source / "model.safetensors", 100_000)
-    with pytest.raises(CheckpointError, match="download it again"):
-        convert(source, tmp_path / "out")
-    assert_nothing_left(tmp_path)
-
-
-def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path, monkeypatch):
-    source = write_source(tmp_path / "in")
-    monkeypatch.setattr(run.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 123_000}))
-    monkeypatch.setattr(run, "new_folder", lambda *_: pytest.fail("started writing"))
-    with pytest.raises(ConversionError, match=r"0\.00 GB free; expected 0\.02 GB"):
-        convert(source, tmp_path / "deep/down/out")
-    assert [p.name for p in tmp_path.iterdir()] == ["in"]
-
-
-def test_a_converted_checkpoint_is_not_converted_again(tmp_path):
-    convert(write_source(tmp_path / "in"), tmp_path / "mid")
-    with pytest.raises(ConversionError, match="quantized for MLX already.*the original"):
-        convert(tmp_path / "mid", tmp_path / "out")
-
-
-def test_weights_that_do_not_fit_the_config_are_refused_before_anything_is_written(tmp_path):
-    source = write_source(tmp_path / "in", random_weights(ArceeConfig(**SHAPE)), intermediate_size=256)
-    with pytest.raises(CheckpointError, match="has shape"):
-        convert(source, tmp_path / "out")
-    with pytest.raises(ConfigError, match="architectures"):
-        convert(write_source(tmp_path / "in2", architecture="ArceeForSomething"), tmp_path / "out")
-    assert_nothing_left(tmp_path)
-
-
-@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
-@pytest.mark.parametrize("stored", ["F32", "F16", "BF16"])
-@pytest.mark.parametrize("recipe", [FLOAT, Recipe()], ids=["float", "4bit"])
-def test_inf_and_nan_are_an_error_that_names_the_tensor(tmp_path, value, stored, recipe):
-    weights = random_weights(ArceeConfig(**SHAPE))
-    weights["model.layers.1.mlp.up_proj.weight"][200, 7] = value
-    with pytest.raises(ConversionError, match=r"layers\.1\.mlp\.up_proj\.weight' holds Inf or NaN in rows"):
-        convert(write_source(tmp_path / "in", weights, dtype=stored), tmp_path / "out", recipe)
-    assert_nothing_left(tmp_path)
-
-
-@pytest.mark.parametrize("value", [70000.0, -65520.0])
-def test_a_value_too_large_for_float16_is_an_error_that_names_the_tensor(tmp_path, value):
-    weights = random_weights(ArceeConfig(**SHAPE))
-    weights["model.norm.weight"][5] = value
-    source = write_source(tmp_path / "in", weights, dtype="F32")
-    with pytest.raises(ConversionError, match=r"'model\.norm\.weight' holds a value too large for float16.*65504"):
-        convert(source, tmp_path / "out", Recipe(dtype="float16"))
-    convert(source, tmp_path / "out", Recipe(dtype="bfloat16"))
-
-
-@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
-def test_non_finite_values_are_found_and_finite_ones_are_not_taken_for_them(dtype):
-    largest = mx.finfo(dtype).max
-    assert not quantize.has_non_finite(mx.array([0.0, -0.0, largest, -largest, 1e-30]).astype(dtype))
-    assert not quantize.has_non_finite(mx.zeros((0, 4), dtype))
-    for value in (float("inf"), -float("inf"), float("nan"), -float("nan")):
-        assert quantize.has_non_finite(mx.array([1.0, value, -1.0]).astype(dtype))
-
-
-def test_what_was_written_is_read_back_and_compared_with_the_plan(tmp_path, monkeypatch):
-    source = write_source(tmp_path / "in")
-    monkeypatch.setattr(run, "_write_weights", lambda folder, plan, **_: write_other_weights(folder))
-
-    def write_other_weights(folder):
-        mx.save_safetensors(str(folder / "model.safetensors"), {"model.norm.weight": mx.ones((3,))})
-
-    with pytest.raises(ConversionError, match="not what was planned.*nothing was kept"):
-        convert(source, tmp_path / "out")
-    assert_nothing_left(tmp_path)
-
-
 def test_layers_that_stay_floats_are_named_in_the_result(tmp_path):
     conversion = convert(write_source(tmp_path / "in", intermediate_size=200), tmp_path / "out")
     assert conversion.float_layers == ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
     assert conversion.weights == sum(e.nbytes // 2 for e in files.open_checkpoint(tmp_path / "in").entries.values())
     assert conversion.bytes == sum(w.nbytes for w in read_weights(tmp_path / "out").values())
-
-
-@pytest.mark.parametrize("values", [{"bits": 3}, {"group_size": 48}, {"mode": "mxfp4"}])
-def test_values_out_of_range_are_refused_by_name(values):
-    with pytest.raises(InputError, match=next(iter(values))):
-        Quantization(**values)
-    with pytest.raises(InputError, match="dtype is 'float64'"):
-        Recipe(dtype="float64")
 
 
 _MEASURED = """
