@@ -28,7 +28,7 @@ from mlx.utils import tree_flatten
 
 from . import upstream
 from .checkpoint.loading import DEMO_MODEL, load
-from .errors import ArceeError
+from .errors import ArceeError, InputError
 from .generate import Answer, GenerateOptions, generate_batch, stream_generate
 from .generate.answer import join_chunks
 from .model.config import read_config
@@ -50,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs a benchmark and prints its numbers on standard output."""
+    if args.runs < 1 or args.max_tokens < 1:
+        raise InputError(f"--runs is {args.runs} and --max-tokens {args.max_tokens}; expected at least 1")
     print(f"{date.today()}  {platform.platform()}  {mx.default_device()}  mlx {version('mlx')}")
     return run_batch(args) if args.what == "batch" else run_startup(args)
 

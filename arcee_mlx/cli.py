@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from importlib import import_module
 
-from .program import run_reporting
+from .program import open_missing_streams, run_reporting
 
 COMMANDS = {
     "generate": ("arcee_mlx.generate.command", "write text with an Arcee model"),
@@ -19,11 +19,12 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program and returns its exit status."""
+    open_missing_streams()
     parser = argparse.ArgumentParser(prog="arcee-mlx", description="Arcee's language models on Apple Silicon.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, description) in COMMANDS.items():
         command = import_module(module)
-        sub = commands.add_parser(name, help=description, description=description.capitalize() + ".")
+        sub = commands.add_parser(name, help=description, description=f"{description[0].upper()}{description[1:]}.")
         command.add_arguments(sub)
         sub.set_defaults(run=command.run)
     args = parser.parse_args(argv)

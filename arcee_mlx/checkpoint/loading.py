@@ -36,7 +36,7 @@ def load(
     *,
     adapter_path: str | os.PathLike[str] | None = None,
 ) -> tuple[ArceeForCausalLM, Tokenizer]:
-    """Loads a causal model and its tokenizer, as mlx_lm.load.
+    """Loads a causal model and its tokenizer, as mlx_lm.load. The weights are read now, so that any thread may use them.
 
     Args:
         path_or_id: a checkpoint folder, or a Hugging Face Hub id such as "arcee-ai/AFM-4.5B".
@@ -49,7 +49,9 @@ def load(
     adapter = None if adapter_path is None else resolve_folder(adapter_path, adapter=True)  # before a large download
     folder = resolve_folder(path_or_id, revision=revision)
     tokenizer = read_tokenizer(folder)
-    return load_model(folder, ArceeForCausalLM, dtype=dtype, adapter_path=adapter), tokenizer
+    model = load_model(folder, ArceeForCausalLM, dtype=dtype, adapter_path=adapter)
+    mx.eval(model.parameters())  # a weight that is not read yet belongs to the thread that named it
+    return model, tokenizer
 
 
 def load_model(
@@ -60,7 +62,8 @@ def load_model(
     revision: str | None = None,
     adapter_path: str | os.PathLike[str] | None = None,
 ) -> M:
-    """Loads a model. Nothing is read from disk before it is first computed with, and then once.
+    """Loads a model. Nothing is read from disk before it is first computed with, and then once; so the thread that
+    loads it must be the first to compute with it, or `mx.eval(model.parameters())` it.
 
     Args:
         path_or_id: a checkpoint folder, or a Hugging Face Hub id.

@@ -141,7 +141,7 @@ def _read_bias(text: str) -> tuple[int, float]:
 def _read_template_config(text: str | None) -> dict[str, Any]:
     try:
         config = {} if text is None else json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"--chat-template-config is not JSON ({error}); expected an object") from error
     if not isinstance(config, dict):
         raise InputError(f"--chat-template-config is {text!r}; expected a JSON object")

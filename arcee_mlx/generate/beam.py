@@ -5,7 +5,6 @@ Source: transformers 5.23 `generation/utils.py`, `_beam_search` (behaviour, not 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -15,7 +14,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from ..checkpoint.tokenizer import Tokenizer
-from ..errors import InputError
+from ..errors import ArceeError, InputError
 from ..model.decoder import ArceeForCausalLM
 from .options import GenerateOptions, StopReason
 from .prefill import fill_cache, make_prompt_cache
@@ -96,6 +95,8 @@ def beam_search(
         own=logits_processors,
     )
     found = _search(model, request, processors, num_beams, length_penalty, early_stopping)
+    if not found:
+        raise ArceeError("the model computes NaN; expected finite numbers; check its weights and processors")
     return [_as_beam(tokenizer, request, *best) for best in found[:num_return_sequences]]
 
 
@@ -207,11 +208,7 @@ def _check_arguments(
             raise InputError(f"{name} is {value!r}; expected an integer of at least 1")
     if num_return_sequences > num_beams:
         raise InputError(f"num_return_sequences is {num_return_sequences}; expected at most num_beams, {num_beams}")
-    if (
-        isinstance(length_penalty, bool)
-        or not isinstance(length_penalty, int | float)
-        or not math.isfinite(length_penalty)
-    ):
-        raise InputError(f"length_penalty is {length_penalty!r}; expected a finite number")
+    if isinstance(length_penalty, bool) or not isinstance(length_penalty, int | float) or not abs(length_penalty) <= 50:
+        raise InputError(f"length_penalty is {length_penalty!r}; expected a number from -50 to 50")
     if not isinstance(early_stopping, bool) and early_stopping != "never":
         raise InputError(f"early_stopping is {early_stopping!r}; expected True, False or 'never'")

@@ -7,7 +7,7 @@ import sys
 
 from .arguments import add_memory_arguments, add_model_arguments, add_prompt_arguments, read_options
 from .opening import make_prompt, open_model, read_prompt, show_progress
-from .prompt_cache import cache_prompt, save_prompt_cache
+from .prompt_cache import cache_prompt, check_cache_file_name, save_prompt_cache
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs `cache-prompt` as parsed; returns the exit status."""
     options = read_options(args)
-    text = read_prompt(args)
+    check_cache_file_name(args.prompt_cache_file)
+    text = read_prompt(args, demo_prompt=False)
     model, tokenizer = open_model(args)
     prompt = make_prompt(args, tokenizer, text)
     cache = cache_prompt(model, tokenizer, prompt, options, prompt_progress=show_progress(args))

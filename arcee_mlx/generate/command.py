@@ -39,7 +39,10 @@ def run(args: argparse.Namespace) -> int:
     cache = None
     if args.prompt_cache_file is not None:
         cache = load_prompt_cache(args.prompt_cache_file, model, tokenizer, model_name=args.model)
-    prompt = make_prompt(args, tokenizer, text, goes_on=cache is not None and cache.ids is None)
+    goes_on = cache is not None and cache.ids is None
+    if goes_on and args.system_prompt is not None:
+        raise InputError("--system-prompt with a file of mlx_lm's: its prompt has begun already; leave it out")
+    prompt = make_prompt(args, tokenizer, text, goes_on=goes_on)
     if args.num_beams > 1:
         return _print_beams(_search(args, model, tokenizer, prompt, options), args)
     if args.n > 1:

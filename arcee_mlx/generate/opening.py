@@ -23,7 +23,9 @@ def open_model(args: argparse.Namespace) -> tuple[ArceeForCausalLM, Tokenizer]:
         print(
             "No --model given: using the small bundled demo. For real work: --model arcee-ai/AFM-4.5B", file=sys.stderr
         )
-    return load(args.model or DEMO_MODEL, args.revision, args.dtype, adapter_path=args.adapter_path)
+    return load(
+        DEMO_MODEL if args.model is None else args.model, args.revision, args.dtype, adapter_path=args.adapter_path
+    )
 
 
 def make_prompt(args: argparse.Namespace, tokenizer: Tokenizer, text: str, *, goes_on: bool = False) -> Prompt:
@@ -31,7 +33,7 @@ def make_prompt(args: argparse.Namespace, tokenizer: Tokenizer, text: str, *, go
     if tokenizer.has_chat_template and not args.raw and (text or goes_on):
         system = [] if args.system_prompt is None else [{"role": "system", "content": args.system_prompt}]
         return [*system, {"role": "user", "content": text}]
-    if args.system_prompt is not None:
+    if args.system_prompt is not None and not tokenizer.has_chat_template:
         raise InputError(
             "--system-prompt: this checkpoint has no chat template to put it into; make it part of the prompt"
         )
@@ -58,8 +60,12 @@ def show_progress(args: argparse.Namespace) -> PromptProgress | None:
     return show
 
 
-def read_prompt(args: argparse.Namespace) -> str:
-    """The prompt's text, from wherever the arguments say it is."""
+def read_prompt(args: argparse.Namespace, *, demo_prompt: bool = True) -> str:
+    """The prompt's text, from wherever the arguments say it is.
+
+    Args:
+        demo_prompt: whether the demo model is asked something where nothing was given.
+    """
     if args.raw and args.system_prompt is not None:
         raise InputError("--system-prompt with --raw: a raw prompt has no system message; leave one of them out")
     given = [name for name in ("prompt_words", "prompt", "prompt_file") if getattr(args, name) not in (None, [])]
@@ -67,7 +73,7 @@ def read_prompt(args: argparse.Namespace) -> str:
         raise InputError("the prompt is given twice; expected it as an argument, with --prompt or with --prompt-file")
     if args.prompt_file is not None:
         try:
-            return args.prompt_file.read_text(encoding="utf-8")
+            return args.prompt_file.read_text(encoding="utf-8").removesuffix("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(
                 f"--prompt-file {args.prompt_file}: cannot be read ({error}); expected UTF-8 text"
@@ -80,6 +86,8 @@ def read_prompt(args: argparse.Namespace) -> str:
     piped = "" if sys.stdin is None or sys.stdin.closed or os.isatty(sys.stdin.fileno()) else _read_stdin()
     if piped:
         return piped
+    if args.model is not None or not demo_prompt:
+        raise InputError("no prompt was given; expected one as an argument, with --prompt, or on standard input")
     if not args.quiet:
         print(f"No prompt given: using {DEMO_PROMPT!r}", file=sys.stderr)
     return DEMO_PROMPT

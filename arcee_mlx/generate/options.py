@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ class GenerateOptions:
         top_k: sample among the k likeliest tokens; 0 is off.
         top_p: sample among the likeliest tokens whose probabilities reach this sum, in (0, 1]; 1 is off.
         min_p: leave out tokens less likely than this share of the likeliest, in [0, 1]; 0 is off.
-        repetition_penalty: divides the scores of tokens that occur in prompt or answer; over 0, 1 is off.
+        repetition_penalty: divides the scores of tokens that occur in prompt or answer; 1e-6 to 1e6, 1 is off.
         frequency_penalty: taken from a token's score for every time the answer has it already; 0 is off.
         presence_penalty: taken once from the score of every token the answer has already; 0 is off.
         logit_bias: {id: number added to that token's score}.
@@ -79,17 +79,17 @@ class GenerateOptions:
         self._check_int("max_tokens", 1, also=-1)
         self._check_int("top_k", 0)
         self._check_int("seed", 0, 2**64 - 1)
-        self._check_int("prefill_step_size", 1)
+        self._check_int("prefill_step_size", 1, may_be_none=False)
         self._check_int("max_kv_size", _KEPT_TOKENS + 1)
         self._check_number("temp", 0, math.inf)
         self._check_number("top_p", 0, 1, open_low=True)
         self._check_number("min_p", 0, 1)
-        self._check_number("repetition_penalty", 0, math.inf, open_low=True)
+        self._check_number("repetition_penalty", 1e-6, 1e6)
         self._check_number("frequency_penalty", -math.inf, math.inf)
         self._check_number("presence_penalty", -math.inf, math.inf)
         self._check_number("xtc_probability", 0, 1)
         self._check_number("xtc_threshold", 0, 0.5)
-        self._check_int("top_logprobs", 0)
+        self._check_int("top_logprobs", 0, may_be_none=False)
         if not isinstance(self.logprobs, bool):
             self._refuse("logprobs", "True or False")
         if self.top_logprobs and not self.logprobs:
@@ -102,12 +102,12 @@ class GenerateOptions:
         self._check_mapping("chat_template_config", str, "names with values")
         for name in ("stop", "extra_eos_tokens"):
             values = getattr(self, name)
-            if isinstance(values, str) or not all(isinstance(text, str) and text for text in values):
+            if isinstance(values, str) or not isinstance(values, Iterable) or not all(map(_is_text, values)):
                 self._refuse(name, "a tuple of strings that are not empty")
             object.__setattr__(self, name, tuple(values))
-        if self.kv_bits is not None and self.kv_bits not in (2, 4, 8):
+        if self.kv_bits is not None and (type(self.kv_bits) is not int or self.kv_bits not in (2, 4, 8)):
             self._refuse("kv_bits", "2, 4 or 8")
-        if self.kv_group_size not in (32, 64, 128):
+        if type(self.kv_group_size) is not int or self.kv_group_size not in (32, 64, 128):
             self._refuse("kv_group_size", "32, 64 or 128")
         if self.kv_bits is not None and self.max_kv_size is not None:
             raise InputError(
@@ -119,7 +119,7 @@ class GenerateOptions:
 
         Args:
             generation_config: the checkpoint's generation_config.json, {} without one. As in transformers its
-                temperature and filters count only with `do_sample`.
+                temperature counts only with `do_sample`; its filters also when the caller gives a temperature.
             config: of the model.
 
         Raises:
@@ -150,11 +150,16 @@ class GenerateOptions:
             self._refuse("top_logprobs", f"at most the model's {config.vocab_size} tokens")
         if resolved.temp == 0 and self.xtc_probability:
             raise InputError("xtc_probability without a temperature: the likeliest token is taken; give temp over 0")
+        for name, off in (("top_k", 0), ("top_p", 1), ("min_p", 0)):
+            if resolved.temp == 0 and getattr(self, name) not in (None, off):
+                raise InputError(f"{name} without a temperature: the likeliest token is taken; give temp over 0")
         return resolved
 
-    def _check_int(self, name: str, least: int, most: int | None = None, *, also: int | None = None) -> None:
+    def _check_int(
+        self, name: str, least: int, most: int | None = None, *, also: int | None = None, may_be_none: bool = True
+    ) -> None:
         value = getattr(self, name)
-        if value is None or (also is not None and value == also):
+        if (value is None and may_be_none) or (also is not None and value == also):
             return
         if isinstance(value, bool) or not isinstance(value, int) or value < least or (most and value > most):
             self._refuse(name, f"an integer of at least {least}" + (f" and at most {most}" if most else ""))
@@ -179,8 +184,14 @@ class GenerateOptions:
         raise InputError(f"{name} is {getattr(self, name)!r}; expected {want}")
 
 
+def _is_text(value: object) -> bool:
+    """Whether it is text that a model could write: not empty, and no half of a surrogate pair."""
+    return isinstance(value, str) and value != "" and not any("\ud800" <= char <= "\udfff" for char in value)
+
+
 def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # Finite as float32, which is what it will be.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 3e38
 
 
 OPTION_NAMES = tuple(f.name for f in fields(GenerateOptions))

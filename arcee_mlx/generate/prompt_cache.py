@@ -36,12 +36,14 @@ class PromptCache:
     Attributes:
         layers: mlx-lm caches, one a layer.
         ids: the tokens they hold; None for a file of mlx_lm's, which does not say.
+        weights_sha256: of the model that made it (its first numbers of every weight).
         length: how many tokens.
         kv_bits, kv_group_size, max_kv_size: as in the options it was made with.
     """
 
     layers: list[Any]
     ids: tuple[int, ...] | None
+    weights_sha256: str
 
     @property
     def length(self) -> int:
@@ -64,8 +66,12 @@ class PromptCache:
         """Tokens that stand before any prompt, whatever it is."""
         return self.length if self.ids is None else 0
 
-    def check_fits(self, options: GenerateOptions) -> None:
-        """Raises InputError where the options ask for another kind of KV cache than this one is."""
+    def check_fits(self, options: GenerateOptions, model: ArceeForCausalLM) -> None:
+        """Raises InputError where the options ask for another kind of KV cache, or the weights are not those it was made with."""
+        if self.weights_sha256 != hash_weights(model):
+            raise InputError(
+                "prompt_cache was made with other weights; expected this model's, adapters included; make it again"
+            )
         names = ("max_kv_size",) if options.kv_bits is None else ("max_kv_size", "kv_bits", "kv_group_size")
         for name in names:
             asked, own = getattr(options, name), getattr(self, name)
@@ -114,7 +120,7 @@ def cache_prompt(
     request = read_request(model, tokenizer, ids, read)
     layers = make_prompt_cache(model, request.options)
     fill_cache(model, layers, request.ids, options.prefill_step_size, prompt_progress or (lambda *_: None))
-    return PromptCache(layers, tuple(request.ids))
+    return PromptCache(layers, tuple(request.ids), hash_weights(model))
 
 
 def save_prompt_cache(
@@ -140,15 +146,21 @@ def save_prompt_cache(
         "tokenizer_config": "{}",
         "ids": json.dumps(cache.ids),
         "text_sha256": _text_hash(tokenizer, cache.ids),
-        "weights_sha256": _weights_hash(model),
+        "weights_sha256": cache.weights_sha256,
     }
-    name = os.fspath(path)
-    if not name.endswith(".safetensors"):
-        raise InputError(f"prompt cache file is {name!r}; expected a name ending in .safetensors; add that")
+    name = check_cache_file_name(path)
     try:
         upstream.mlx_lm_module("models.cache").save_prompt_cache(name, cache.layers, metadata)
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"{name}: cannot be written ({error}); expected a folder to write to") from error
+
+
+def check_cache_file_name(path: str | os.PathLike[str]) -> str:
+    """Raises InputError unless a prompt cache may have this name; returns it as text."""
+    name = os.fspath(path)
+    if not name.endswith(".safetensors"):
+        raise InputError(f"prompt cache file is {name!r}; expected a name ending in .safetensors; add that")
+    return name
 
 
 def load_prompt_cache(
@@ -186,13 +198,13 @@ def load_prompt_cache(
     if ids is None:
         if not _is_name_of(made_with, model_name, _folder(model)):
             raise _of_another(name, "model", made_with, f"not with {model_name or _folder(model)}")
-    elif metadata.get("weights_sha256") != _weights_hash(model):
+    elif metadata.get("weights_sha256") != hash_weights(model):
         raise _of_another(name, "model", made_with, f"whose weights are not those of {model_name or _folder(model)}")
     elif len(ids) != length or metadata.get("text_sha256") != _text_hash(tokenizer, ids):
         raise _of_another(name, "tokenizer", made_with, "its tokens are another text in this tokenizer")
     if length >= context_tokens(model.config) and "RotatingKVCache" not in kinds:
         raise InputError(f"prompt cache file {name}: fills all {length} positions of the model; expected fewer")
-    return PromptCache(layers, ids)
+    return PromptCache(layers, ids, hash_weights(model))
 
 
 def _of_another(name: str, what: str, made_with: str, detail: str) -> InputError:
@@ -236,7 +248,7 @@ def _text_hash(tokenizer: Tokenizer, ids: tuple[int, ...]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _weights_hash(model: ArceeForCausalLM) -> str:
+def hash_weights(model: ArceeForCausalLM) -> str:
     """Of the names, shapes and first numbers of all weights, in whichever dtype they are computed with."""
     weights: Mapping[str, mx.array] = dict(tree_flatten(model.parameters()))
     first = {name: array.flatten()[:8].astype(mx.float32) for name, array in weights.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -90,8 +91,11 @@ def encode_prompt(
     """
     options = options or GenerateOptions()
     items: list[Any] = []
+    if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, str | Sequence | mx.array | np.ndarray):
+        raise InputError(f"prompt is of type {type(prompt).__name__}; expected text, messages or token ids")
     if not isinstance(prompt, str):
-        items = prompt.tolist() if isinstance(prompt, mx.array | np.ndarray) else list(prompt)
+        listed = prompt.reshape(-1).tolist() if isinstance(prompt, mx.array | np.ndarray) else prompt
+        items = [item.item() if isinstance(item, np.integer) else item for item in listed]
     if items and all(isinstance(item, Mapping) for item in items):
         return _encode_messages(tokenizer, items, options, goes_on=goes_on, is_open=is_open)
     for name in ("prefill_response", "chat_template_config"):
@@ -122,7 +126,7 @@ def _encode_messages(
 
     text = render(messages)
     if goes_on:
-        mark = "<query>"
+        mark = secrets.token_hex(16)  # letters and digits, which a template leaves alone and no text holds
         place = render([*messages[:-1], {**messages[-1], "content": mark}]).find(mark)
         if place < 0:
             raise InputError("the chat template leaves out the last message; expected it to write its content")

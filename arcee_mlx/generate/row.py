@@ -43,7 +43,9 @@ class Row:
         cached_tokens: of the prompt, those that a prompt cache saved computing.
         """
         options = request.options
-        self.sampler: Callable[[mx.array], mx.array] = Sampler(options, xtc_keeps(tokenizer, request.eos))
+        self.sampler: Callable[[mx.array], mx.array] = Sampler(
+            options, xtc_keeps(tokenizer, request.eos, model.config.vocab_size)
+        )
         self.processors = make_logits_processors(
             options,
             vocab_size=tokenizer.vocab_size,
@@ -109,6 +111,7 @@ class Row:
         )
 
 
-def xtc_keeps(tokenizer: Tokenizer, eos: frozenset[int]) -> frozenset[int]:
-    """What XTC never leaves out, as in mlx_lm.generate: ends of text, and the line feed."""
-    return eos.union(tokenizer.encode("\n", add_special_tokens=False))
+def xtc_keeps(tokenizer: Tokenizer, eos: frozenset[int], model_vocab_size: int) -> frozenset[int]:
+    """What XTC never leaves out, as in mlx_lm.generate: ends of text, and the line feed; ids the model has."""
+    ids = eos.union(tokenizer.encode("\n", add_special_tokens=False))
+    return frozenset(token for token in ids if 0 <= token < model_vocab_size)

@@ -44,7 +44,9 @@ class Sampler:
         if self._temp == 0:
             return mx.argmax(logprobs, axis=-1)
         logprobs = logprobs.astype(mx.float32)
-        scores = filter_scores(logprobs / self._temp, top_k=self._top_k, top_p=self._top_p, min_p=self._min_p)
+        # From the likeliest down, so that no temperature, however small, leaves float32's range upwards.
+        tempered = (logprobs - mx.max(logprobs, axis=-1, keepdims=True)) / max(self._temp, 1e-30)
+        scores = filter_scores(tempered, top_k=self._top_k, top_p=self._top_p, min_p=self._min_p)
         self._key, key = mx.random.split(self._key)
         if self._xtc_probability:
             coin, key = mx.random.split(key)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import threading
 import time
 from collections.abc import Iterator, Sequence
 
@@ -10,6 +12,7 @@ import mlx.core as mx
 
 from .. import upstream
 from ..checkpoint.tokenizer import Tokenizer
+from ..errors import ArceeError
 from ..model.decoder import ArceeForCausalLM
 from .answer import GenerationChunk
 from .options import GenerateOptions
@@ -77,7 +80,7 @@ def stream_generate(
     unseen = prompt_cache.unseen_tokens if prompt_cache else 0
     request = read_request(model, tokenizer, prompt, options, unseen_tokens=unseen)
     if prompt_cache is not None:
-        prompt_cache.check_fits(request.options)
+        prompt_cache.check_fits(request.options, model)
     return _stream(
         model, tokenizer, request, prompt_cache, logits_processors, started_s, prompt_progress or (lambda *_: None)
     )
@@ -106,9 +109,35 @@ def _stream(
         prefill_step_size=options.prefill_step_size,
         prompt_progress_callback=prompt_progress,
     )
-    with contextlib.closing(steps):
-        for token, _ in steps:
+    thread, first = threading.get_ident(), True
+    try:
+        while True:
+            with _own_default_stream():
+                step = next(steps, None)
+            if step is None:
+                return
+            token, logprobs = step
+            if first and math.isnan(logprobs[token].item()):
+                raise ArceeError("the model computes NaN; expected finite numbers; check its weights and processors")
+            first = False
             chunk = row.add(token)
             yield chunk
             if chunk.stop_reason is not None:
                 return
+    finally:
+        try:
+            with _own_default_stream():
+                steps.close()
+        except RuntimeError:  # MLX does not leave mlx-lm's stream in another thread; there is nothing else to close
+            if threading.get_ident() == thread:
+                raise
+
+
+@contextlib.contextmanager
+def _own_default_stream() -> Iterator[None]:
+    """mlx-lm's step yields inside its own stream; the caller's code between two tokens is to run on the caller's."""
+    before = mx.default_stream(mx.default_device())
+    try:
+        yield
+    finally:
+        mx.set_default_stream(before)

@@ -106,7 +106,11 @@ def test_xtc_applies_as_often_as_asked_and_spares_what_must_stay() -> None:
 
 def test_xtc_spares_line_feed_and_ends_of_text(loaded: Loaded) -> None:
     tokenizer = loaded[1]
-    assert xtc_keeps(tokenizer, tokenizer.eos_token_ids) == {1, 3, *tokenizer.encode("\n", add_special_tokens=False)}
+    assert xtc_keeps(tokenizer, tokenizer.eos_token_ids | {400, 2**40}, 400) == {
+        1,
+        3,
+        *tokenizer.encode("\n", add_special_tokens=False),
+    }
 
 
 def test_a_processor_of_the_callers_sees_all_tokens_and_decides(loaded: Loaded) -> None:
