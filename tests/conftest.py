@@ -36,6 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
+    mx.set_default_device(mx.cpu)  # so that tests mean the same on every machine; test_device.py is the GPU's
     # A shell that starts us in the background has Ctrl-C ignored, and programs we start would inherit that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
