@@ -7,6 +7,7 @@ limit of open files, which a normal user cannot raise again.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 import resource
@@ -20,6 +21,7 @@ import mlx.core as mx
 _lock = threading.Lock()
 
 
+@functools.cache  # attention over a quantized cache asks for every layer and token
 def mlx_lm_module(name: str) -> ModuleType:
     """Imports `mlx_lm.<name>`, e.g. "models.cache", leaving limits and environment as they were.
 

@@ -230,14 +230,18 @@ def test_a_damaged_checkpoint_is_one_clear_line_and_status_2(
     assert line.startswith("error: ") and message in line
 
 
-def test_ctrl_c_ends_cleanly_with_what_was_made(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "m", max_position_embeddings=10**6)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "arcee_mlx.generate", "--model", str(tmp_path / "m"), *ARGUMENTS, "--max-tokens", "-1"],
+def start_a_million_tokens(folder: Path) -> subprocess.Popen[bytes]:
+    write_checkpoint(folder / "m", max_position_embeddings=10**6)
+    return subprocess.Popen(
+        [sys.executable, "-m", "arcee_mlx.generate", "--model", str(folder / "m"), *ARGUMENTS, "--max-tokens", "-1"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
+
+
+def test_ctrl_c_ends_cleanly_with_what_was_made(tmp_path: Path) -> None:
+    process = start_a_million_tokens(tmp_path)
     assert process.stdout is not None
     first = process.stdout.read(1)  # there is text, so a million tokens are under way
     process.send_signal(signal.SIGINT)
@@ -248,13 +252,7 @@ def test_ctrl_c_ends_cleanly_with_what_was_made(tmp_path: Path) -> None:
 
 
 def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "m", max_position_embeddings=10**6)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "arcee_mlx.generate", "--model", str(tmp_path / "m"), *ARGUMENTS, "--max-tokens", "-1"],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    process = start_a_million_tokens(tmp_path)
     assert process.stdout is not None and process.stderr is not None
     process.stdout.read(1)
     process.stdout.close()
