@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,44 +69,99 @@ def convert(
         ConversionError: there is nothing to convert, too little disk space, or it failed on the way.
         ConfigError, CheckpointError, HubError: the source cannot be used; see `load_model`.
     """
+    planned = plan_conversion(hf_path, mlx_path, recipe, revision=revision, overwrite=overwrite, progress=progress)
+    _check_space(planned.target, planned.needed_bytes)
+    started = time.perf_counter()
+    conversion = planned.conversion
+    try:
+        with new_folder(planned.target, overwrite=overwrite) as partial:
+            _write_weights(partial, planned.tensors, progress=progress)
+            _copy_files(planned.folder, partial, conversion.carried_files)
+            write_json(partial / "config.json", _convert_config(planned.source, recipe.quantization, planned.dtype))
+            write_card(partial, conversion, planned.folder, hub_id=planned.hub_id)
+            verify(partial, planned.tensors)
+    except OSError as error:
+        raise ConversionError(
+            f"{planned.target}: cannot be written ({error.strerror or error}); expected room for "
+            f"{planned.needed_bytes / 1e9:.2f} GB and the right to write; nothing was kept, free some space or name "
+            f"another folder, and convert again"
+        ) from error
+    return replace(conversion, seconds=time.perf_counter() - started)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionPlan:
+    """What a conversion will do, known before a weight is read or a byte is written.
+
+    Attributes:
+        folder: of the source, on this machine.
+        hub_id: it was asked for by; None for a folder.
+        target: the new folder.
+        source: the checked source.
+        recipe: what to make of it.
+        dtype: of what is not quantized: "float32", "float16" or "bfloat16".
+        tensors: in the order in which they lie in the source's files.
+        conversion: the result to come; it has taken no time yet.
+        needed_bytes: of disk space, for all that will be written.
+    """
+
+    folder: Path
+    hub_id: str | None
+    target: Path
+    source: OpenedModel
+    recipe: Recipe
+    dtype: str
+    tensors: Sequence[PlannedTensor]
+    conversion: Conversion
+    needed_bytes: int
+
+
+def plan_conversion(
+    hf_path: str | os.PathLike[str],
+    mlx_path: str | os.PathLike[str] = "mlx_model",
+    recipe: Recipe = Recipe(),  # noqa: B008 - frozen
+    *,
+    revision: str | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> ConversionPlan:
+    """Plans a conversion; reads no weight and writes nothing, but downloads a hub id.
+
+    Args, Raises: as `convert`; a disk that is too small is no error here.
+    """
     target = Path(mlx_path).expanduser().absolute()
     check_target(target, overwrite=overwrite)
     folder = resolve_folder(hf_path, revision=revision, progress=progress)
     hub_id = None if folder == Path(hf_path).expanduser() else os.fspath(hf_path)
-    started = time.perf_counter()
     _check_apart(folder, target)
     source = _open_source(folder)
     entries = {key: source.checkpoint.entries[name] for key, name in source.names.items()}
     dtype = recipe.dtype or _own_dtype(source.config, entries)
     layers = {path for path, module in source.model.named_modules() if hasattr(module, "to_quantized")}
-    plan = plan_tensors(entries, layers, recipe, dtype=dtype)
+    tensors = plan_tensors(entries, layers, recipe, dtype=dtype)
     carried = sorted({p for pattern in _CARRIED for p in folder.glob(pattern) if p.is_file()})
     conversion = Conversion(
         source=hub_id or folder.resolve().name,
         folder=target,
         quantization=recipe.quantization,
         dtype=dtype,
-        float_layers=_float_layers(plan, layers) if recipe.quantization else [],
+        float_layers=_float_layers(tensors, layers) if recipe.quantization else [],
         carried_files=[str(p.relative_to(folder)) for p in carried],
-        weights=sum(math.prod(t.source.shape) for t in plan),
-        source_bytes=sum(t.source.nbytes for t in plan),
-        bytes=sum(t.nbytes for t in plan),
+        weights=sum(math.prod(t.source.shape) for t in tensors),
+        source_bytes=sum(t.source.nbytes for t in tensors),
+        bytes=sum(t.nbytes for t in tensors),
     )
-    needed_bytes = conversion.bytes + sum(p.stat().st_size for p in carried) + _SPARE_BYTES
-    _check_space(target, needed_bytes)
-    try:
-        with new_folder(target, overwrite=overwrite) as partial:
-            _write_weights(partial, plan, progress=progress)
-            _copy_files(folder, partial, conversion.carried_files)
-            write_json(partial / "config.json", _convert_config(source, recipe.quantization, dtype))
-            write_card(partial, conversion, folder, hub_id=hub_id)
-            verify(partial, plan)
-    except OSError as error:
-        raise ConversionError(
-            f"{target}: cannot be written ({error.strerror or error}); expected room for {needed_bytes / 1e9:.2f} GB and "
-            f"the right to write; nothing was kept, free some space or name another folder, and convert again"
-        ) from error
-    return replace(conversion, seconds=time.perf_counter() - started)
+    return ConversionPlan(
+        folder=folder,
+        hub_id=hub_id,
+        target=target,
+        source=source,
+        recipe=recipe,
+        dtype=dtype,
+        tensors=tensors,
+        conversion=conversion,
+        needed_bytes=conversion.bytes + sum(p.stat().st_size for p in carried) + _SPARE_BYTES,
+    )
 
 
 def _open_source(folder: Path) -> OpenedModel:
