@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from ..model.decoder import ArceeForCausalLM, ArceeModel
 from .adapters import Model, has_adapter, set_adapter
 from .files import FLOATS, Checkpoint, TensorEntry, new_folder, open_checkpoint, same_content, write_json, write_tensors
 from .hub import resolve_folder
+from .quantization import Quantization, build_table, read_quantization
 from .tokenizer import Tokenizer, read_tokenizer
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo"  # the small trained model that comes with the package
@@ -269,31 +270,19 @@ def _quantize_layers(model: Model, names: Mapping[str, str], config: ArceeConfig
     def parameters(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if path not in quantized:
             return False
-        # A base model may be in a causal checkpoint and the other way round.
-        owns = (table.get(name) for name in (path, f"model.{path}", path.removeprefix("model.")))
-        own = next((own for own in owns if isinstance(own, dict)), table)
-        chosen = {key: own[key] for key in ("group_size", "bits", "mode") if key in own}
-        _check_quantization(chosen, path, module.weight.shape[-1], config)
-        return chosen
+        try:
+            chosen = read_quantization(table, path)
+        except InputError as error:
+            raise ConfigError(f"{config.source}: {error}; the file and its config do not belong together") from None
+        if (inputs := module.weight.shape[-1]) % chosen.group_size:
+            raise ConfigError(
+                f"{config.source}: quantization group_size {chosen.group_size} does not divide the {inputs} inputs of "
+                f"{path!r}"
+            )
+        return asdict(chosen)
 
     if quantized:
         nn.quantize(model, class_predicate=parameters)
-
-
-def _check_quantization(chosen: Mapping[str, Any], path: str, inputs: int, config: ArceeConfig) -> None:
-    group_size, bits, mode = chosen.get("group_size"), chosen.get("bits"), chosen.get("mode", "affine")
-    known = {"affine": ((32, 64, 128), (2, 3, 4, 5, 6, 8)), "mxfp4": ((32,), (4,)), "mxfp8": ((32,), (8,))}
-    known["nvfp4"] = ((16,), (4,))
-    group_sizes, allowed_bits = known.get(mode, ((), ())) if isinstance(mode, str) else ((), ())
-    if group_size not in group_sizes or bits not in allowed_bits:
-        raise ConfigError(
-            f"{config.source}: quantization of {path!r} is {dict(chosen)}; expected mode affine with group_size 32, 64 or "
-            f"128 and 2 to 8 bits, or mxfp4, mxfp8 or nvfp4 with theirs; the file and its config do not belong together"
-        )
-    if inputs % group_size:
-        raise ConfigError(
-            f"{config.source}: quantization group_size {group_size} does not divide the {inputs} inputs of {path!r}"
-        )
 
 
 def _refuse_misfits(checkpoint: Checkpoint, misfits: Misfits) -> None:
@@ -357,15 +346,10 @@ def _cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
 
 
 def _quantization_table(model: nn.Module) -> dict[str, Any]:
-    """MLX's quantization table: the commonest parameters as default, layers that differ by name."""
     modules: list[tuple[str, Any]] = model.named_modules()
     layers = {
-        path: {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
+        path: Quantization(group_size=module.group_size, bits=module.bits, mode=module.mode)
         for path, module in sorted(modules)
         if hasattr(module, "bits")
     }
-    if not layers:
-        return {}
-    kinds = list(layers.values())
-    default = max(kinds, key=kinds.count)
-    return {**default, **{path: own for path, own in layers.items() if own != default}}
+    return build_table(layers)

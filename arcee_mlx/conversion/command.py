@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from typing import Any
 
+from ..checkpoint.quantization import MODES, Quantization
 from ..errors import InputError
 from ..model.config import DTYPES
-from .recipes import BITS, GROUP_SIZES, MODES, Quantization, Recipe
+from .dry_run import describe_plan, plan_to_dict
+from .recipes import BITS, GROUP_SIZES, LAYOUTS, Recipe, list_recipes, override
 from .report import summarize
-from .run import convert
+from .run import check_space, convert, plan_conversion
 
 DESCRIPTION = "Convert a Hugging Face checkpoint of Arcee's dense decoder to MLX, by default to 4 bits in groups of 64."
 _REFUSED = {
     ("-d", "--dequantize"): "convert the original float checkpoint instead",
-    ("--quant-predicate",): "all layers get the same bits; choose them with --q-bits",
     ("--upload-repo",): "upload the folder afterwards with `hf upload REPO FOLDER`",
     ("--trust-remote-code",): "code of a checkpoint is never run, and this model needs none",
 }
@@ -26,45 +28,86 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hf-path", "--model", required=True, metavar="PATH", help="folder or Hugging Face Hub id")
     parser.add_argument("--mlx-path", default="mlx_model", metavar="FOLDER", help="new folder (default: %(default)s)")
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id")
-    either = parser.add_mutually_exclusive_group()
-    either.add_argument(
-        "-q", "--quantize", action="store_true", default=True, help="quantize the weights (the default)"
-    )
-    either.add_argument("--no-quantize", dest="quantize", action="store_false", help="keep all weights floats")
-    parser.add_argument("--q-bits", type=int, choices=BITS, help="bits a weight (default: 4)")
-    parser.add_argument(
-        "--q-group-size", type=int, choices=GROUP_SIZES, help="weights that share a scale (default: 64)"
-    )
-    parser.add_argument("--q-mode", choices=MODES, help="quantization mode (default: affine)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of all that is not quantized (default: the checkpoint's own)")
+    _add_recipe_arguments(parser)
     parser.add_argument("--force", action="store_true", help="replace the converted model that is at --mlx-path")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be written, and write nothing")
+    parser.add_argument("--fold-layers", action="store_true", help="with --dry-run: show equal layers as one")
+    parser.add_argument("--json", action="store_true", help="with --dry-run: print the plan as JSON")
     for names, advice in _REFUSED.items():
         parser.add_argument(*names, action=_Refuse, nargs="*", help=argparse.SUPPRESS, advice=advice)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Converts; the new folder's path is all that goes to standard output. Returns the exit status.
+    """Converts; the new folder's path is all that goes to standard output, or the plan of a dry run.
+
+    Returns:
+        the exit status.
 
     Raises:
         ArceeError: as `convert`.
     """
-    options = {"bits": arguments.q_bits, "group_size": arguments.q_group_size, "mode": arguments.q_mode}
-    given = {name: value for name, value in options.items() if value is not None}
-    if given and not arguments.quantize:
-        names = ", ".join(f"--q-{name.replace('_', '-')}" for name in given)
-        raise InputError(f"--no-quantize came with {names}; expected one or the other; leave one out")
-    recipe = Recipe(quantization=Quantization(**given) if arguments.quantize else None, dtype=arguments.dtype)
-    conversion = convert(
-        arguments.hf_path,
-        arguments.mlx_path,
-        recipe,
-        revision=arguments.revision,
-        overwrite=arguments.force,
-        progress=True,
-    )
+    recipe = choose_recipe(arguments)
+    for option, given in (("--fold-layers", arguments.fold_layers), ("--json", arguments.json)):
+        if given and not arguments.dry_run:
+            raise InputError(f"{option} came without --dry-run; expected both; add --dry-run, or leave it out")
+    paths = (arguments.hf_path, arguments.mlx_path)
+    options = {"revision": arguments.revision, "overwrite": arguments.force, "progress": True}
+    if arguments.dry_run:
+        planned = plan_conversion(*paths, recipe, **options)
+        if arguments.json:
+            print(json.dumps(plan_to_dict(planned), indent=2, ensure_ascii=False))
+        else:
+            print(describe_plan(planned, fold_layers=arguments.fold_layers))
+        check_space(planned)
+        return 0
+    conversion = convert(*paths, recipe, **options)
     print(summarize(conversion), file=sys.stderr)
     print(conversion.folder)
     return 0
+
+
+def choose_recipe(arguments: argparse.Namespace) -> Recipe:
+    """The recipe that the options name, with what they change of it.
+
+    Raises:
+        InputError: there is no such recipe, options contradict each other or it, or a value is out of range.
+    """
+    values = {name: getattr(arguments, f"q_{name}") for name in ("bits", "group_size", "mode")}
+    given = [f"--q-{name.replace('_', '-')}" for name, value in values.items() if value is not None]
+    recipe, named = Recipe(quantization=None if arguments.quantize is False else Quantization()), []
+    if arguments.recipe is not None:
+        from .recipe_file import read_recipe  # YAML is not loaded without need
+
+        recipe, named = read_recipe(arguments.recipe), [f"--recipe {arguments.recipe}"]
+    if arguments.quantize is False and (rivals := given + (named if recipe.quantizes else [])):
+        raise InputError(f"--no-quantize came with {', '.join(rivals)}; expected one or the other; leave one out")
+    if arguments.quantize and not recipe.quantizes:
+        given.insert(0, "--quantize")
+    if named and recipe.quantization is None and given:
+        raise InputError(
+            f"{named[0]} came with {', '.join(given)}; expected one or the other, as the recipe's default is to quantize "
+            f"nothing; leave one out"
+        )
+    return override(recipe, **values, dtype=arguments.dtype, layout=arguments.layout)
+
+
+def _add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--recipe", "--quant-predicate", metavar="NAME|FILE",
+        help=f"which layer gets which form: {', '.join(list_recipes())}, or a YAML file (default: 4bit)",
+    )  # fmt: skip
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("-q", "--quantize", action="store_const", const=True, help="quantize the weights (the default)")
+    either.add_argument(
+        "--no-quantize", dest="quantize", action="store_const", const=False, help="keep all weights floats"
+    )
+    parser.add_argument("--q-bits", type=int, choices=BITS, help="bits a weight (default: the recipe's, or the mode's)")
+    parser.add_argument(
+        "--q-group-size", type=int, choices=GROUP_SIZES, help="weights that share a scale (default: so)"
+    )
+    parser.add_argument("--q-mode", choices=tuple(MODES), help="quantization mode (default: affine)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of all that is not quantized (default: the checkpoint's own)")
+    parser.add_argument("--layout", choices=LAYOUTS, help="of down projections (default: standard)")
 
 
 class _Refuse(argparse.Action):

@@ -14,8 +14,9 @@ import mlx.core as mx
 import numpy as np
 
 from ..checkpoint.files import DTYPES, read_rows
+from ..checkpoint.quantization import Quantization
 from ..errors import ConversionError
-from .recipes import PlannedTensor, Quantization
+from .plan import PlannedTensor
 
 SLICE_BYTES = 2**24
 # Two streams keep two cores busy, since MLX quantizes on one CPU thread a stream, while this thread reads and writes.
@@ -50,7 +51,7 @@ def quantize(rows: mx.array, quantization: Quantization) -> list[mx.array]:
     """Rounds rows of weights to the nearest of the values their group can hold.
 
     Returns:
-        codes (uint32, packed), scales and biases (in the dtype of `rows`), as `mx.quantized_matmul` takes them.
+        codes (uint32, packed), scales and biases, as `mx.quantized_matmul` takes them; see `Quantization.pack`.
     """
     group_size, bits, mode = quantization.group_size, quantization.bits, quantization.mode
     return list(mx.quantize(rows, group_size=group_size, bits=bits, mode=mode))

@@ -14,7 +14,7 @@ from typing import Any
 from ..checkpoint.files import open_checkpoint
 from ..checkpoint.loading import open_model
 from ..errors import ArceeError, ConversionError
-from .recipes import PlannedTensor, Quantization
+from .plan import PlannedTensor
 
 CARD_FILE = "README.md"
 # What the source's card says of rights and language holds for the conversion too; the rest of it is about the source.
@@ -28,7 +28,8 @@ class Conversion:
     Attributes:
         source: the hub id, or the name of the source's folder.
         folder: of the converted checkpoint.
-        quantization: None if all weights stay floats.
+        form: of the weights in words, such as "4 bits in groups of 64, bfloat16".
+        is_quantized: whether a weight does not stay a float.
         dtype: of what is not quantized: "float32", "float16" or "bfloat16".
         float_layers: layers that stay floats because their rows cannot be divided into whole groups.
         carried_files: copied from the source byte for byte.
@@ -40,7 +41,8 @@ class Conversion:
 
     source: str
     folder: Path
-    quantization: Quantization | None
+    form: str
+    is_quantized: bool
     dtype: str
     float_layers: Sequence[str]
     carried_files: Sequence[str]
@@ -53,13 +55,6 @@ class Conversion:
     def bits_per_weight(self) -> float:
         """Bits on disk for each weight, scales and biases of groups included."""
         return 8 * self.bytes / max(self.weights, 1)
-
-    @property
-    def form(self) -> str:
-        """The form of the weights in words, such as "4 bits in groups of 64, bfloat16"."""
-        if self.quantization is None:
-            return self.dtype
-        return f"{self.quantization.bits} bits in groups of {self.quantization.group_size}, {self.dtype}"
 
 
 def verify(folder: Path, plan: Sequence[PlannedTensor]) -> None:
@@ -85,7 +80,7 @@ def write_card(folder: Path, conversion: Conversion, source_folder: Path, *, hub
     metadata |= _read_metadata(source_folder / CARD_FILE)
     if hub_id is not None:
         metadata["base_model"] = hub_id
-        if conversion.quantization is not None:
+        if conversion.is_quantized:
             metadata["base_model_relation"] = "quantized"
     header = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in metadata.items())
     text = (

@@ -1,18 +1,17 @@
 """convert: a Hugging Face checkpoint becomes an MLX checkpoint, in a memory of a few slices of one tensor.
 
-Plan, stream, verify, rename: the plan says what will be written (recipes.py), rows are read, converted and written in
+Plan, stream, verify, rename: the plan says what will be written (plan.py), rows are read, converted and written in
 place slice by slice (quantize.py), the result is read back (report.py), and only then does it get its name.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,9 @@ from ..checkpoint.loading import OpenedModel, open_model
 from ..errors import ConversionError, InputError
 from ..model.config import ArceeConfig, read_json
 from ..model.decoder import ArceeForCausalLM
+from .plan import PlannedTensor, describe_form, find_undivided, plan_tensors, quantization_table
 from .quantize import convert_slices
-from .recipes import PlannedTensor, Quantization, Recipe, plan_tensors
+from .recipes import Recipe
 from .report import Conversion, verify, write_card
 
 # Copied byte for byte. README.md is not among them: the conversion has a card of its own.
@@ -70,14 +70,18 @@ def convert(
         ConfigError, CheckpointError, HubError: the source cannot be used; see `load_model`.
     """
     planned = plan_conversion(hf_path, mlx_path, recipe, revision=revision, overwrite=overwrite, progress=progress)
-    _check_space(planned.target, planned.needed_bytes)
+    check_space(planned)
+    if any(tensor.by_neuron for tensor in planned.tensors):
+        raise ConversionError(
+            "layout by_neuron cannot be written yet; expected standard; convert with --layout standard"
+        )
     started = time.perf_counter()
     conversion = planned.conversion
     try:
         with new_folder(planned.target, overwrite=overwrite) as partial:
             _write_weights(partial, planned.tensors, progress=progress)
             _copy_files(planned.folder, partial, conversion.carried_files)
-            write_json(partial / "config.json", _convert_config(planned.source, recipe.quantization, planned.dtype))
+            write_json(partial / "config.json", _convert_config(planned))
             write_card(partial, conversion, planned.folder, hub_id=planned.hub_id)
             verify(partial, planned.tensors)
     except OSError as error:
@@ -103,6 +107,7 @@ class ConversionPlan:
         tensors: in the order in which they lie in the source's files.
         conversion: the result to come; it has taken no time yet.
         needed_bytes: of disk space, for all that will be written.
+        free_bytes: of disk space, where the new folder is to be.
     """
 
     folder: Path
@@ -114,6 +119,7 @@ class ConversionPlan:
     tensors: Sequence[PlannedTensor]
     conversion: Conversion
     needed_bytes: int
+    free_bytes: int
 
 
 def plan_conversion(
@@ -138,16 +144,17 @@ def plan_conversion(
     entries = {key: source.checkpoint.entries[name] for key, name in source.names.items()}
     dtype = recipe.dtype or _own_dtype(source.config, entries)
     layers = {path for path, module in source.model.named_modules() if hasattr(module, "to_quantized")}
-    tensors = plan_tensors(entries, layers, recipe, dtype=dtype)
+    tensors = plan_tensors(entries, layers, recipe, dtype=dtype, num_layers=source.config.num_hidden_layers)
     carried = sorted({p for pattern in _CARRIED for p in folder.glob(pattern) if p.is_file()})
     conversion = Conversion(
         source=hub_id or folder.resolve().name,
         folder=target,
-        quantization=recipe.quantization,
+        form=describe_form(tensors),
+        is_quantized=any(t.quantization for t in tensors),
         dtype=dtype,
-        float_layers=_float_layers(tensors, layers) if recipe.quantization else [],
+        float_layers=find_undivided(tensors, recipe),
         carried_files=[str(p.relative_to(folder)) for p in carried],
-        weights=sum(math.prod(t.source.shape) for t in tensors),
+        weights=sum(t.weights for t in tensors),
         source_bytes=sum(t.source.nbytes for t in tensors),
         bytes=sum(t.nbytes for t in tensors),
     )
@@ -161,6 +168,7 @@ def plan_conversion(
         tensors=tensors,
         conversion=conversion,
         needed_bytes=conversion.bytes + sum(p.stat().st_size for p in carried) + _SPARE_BYTES,
+        free_bytes=shutil.disk_usage(next(parent for parent in target.parents if parent.exists())).free,
     )
 
 
@@ -180,11 +188,6 @@ def _own_dtype(config: ArceeConfig, entries: Mapping[str, TensorEntry]) -> str:
     return config.dtype or _DTYPE_WORDS[largest.dtype]
 
 
-def _float_layers(plan: Sequence[PlannedTensor], layers: set[str]) -> list[str]:
-    kept = {key.removesuffix(".weight") for t in plan if t.quantization is None for key in t.outputs}
-    return sorted(kept & layers)
-
-
 def _check_apart(source: Path, target: Path) -> None:
     """The new folder may not take the place of the source, nor of a folder the source is in."""
     source, target = source.resolve(), target.resolve()
@@ -192,13 +195,12 @@ def _check_apart(source: Path, target: Path) -> None:
         raise InputError(f"{target}: is or holds the source {source}; expected another folder for the converted model")
 
 
-def _check_space(target: Path, needed_bytes: int) -> None:
-    place = next(parent for parent in target.parents if parent.exists())
-    free_bytes = shutil.disk_usage(place).free
-    if free_bytes < needed_bytes:
+def check_space(planned: ConversionPlan) -> None:
+    """Raises ConversionError if the disk is too small for what is planned."""
+    if planned.free_bytes < planned.needed_bytes:
         raise ConversionError(
-            f"{place}: has {free_bytes / 1e9:.2f} GB free; expected {needed_bytes / 1e9:.2f} GB for the converted model; "
-            f"free some space, or name a folder on another disk"
+            f"{planned.target}: has {planned.free_bytes / 1e9:.2f} GB free; expected {planned.needed_bytes / 1e9:.2f} GB "
+            f"for the converted model; free some space, or name a folder on another disk"
         )
 
 
@@ -223,16 +225,17 @@ def _write_weights(folder: Path, plan: Sequence[PlannedTensor], *, progress: boo
     write_index(folder, written, sum(t.nbytes for t in plan))
 
 
-def _convert_config(source: OpenedModel, quantization: Quantization | None, dtype: str) -> dict[str, Any]:
+def _convert_config(planned: ConversionPlan) -> dict[str, Any]:
     """The source's own keys, with what the conversion changes: quantization, dtype, and a tie that the file denies."""
+    source = planned.source
     values = read_json(source.checkpoint.folder / "config.json")
     for key in {"dtype", "torch_dtype"} & values.keys() or {"torch_dtype"}:
-        values[key] = dtype
+        values[key] = planned.dtype
     if isinstance(source.model, ArceeForCausalLM):
         values["tie_word_embeddings"] = "lm_head" not in source.model
-    if quantization is not None:
+    if table := quantization_table(planned.tensors):
         # Twice, as mlx-lm writes it: it reads the first, tools of Hugging Face look for the second.
-        values["quantization"] = values["quantization_config"] = asdict(quantization)
+        values["quantization"] = values["quantization_config"] = table
     return values
 
 
