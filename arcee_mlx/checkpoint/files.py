@@ -195,7 +195,8 @@ def write_index(folder: Path, shards: Mapping[str, Sequence[str]], total_bytes: 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Writes JSON as transformers does (2 spaces, newline at the end) and syncs it."""
-    with open(path, "w", encoding="utf-8") as file:
+    # Half a surrogate pair cannot be UTF-8: it becomes an escape, which is JSON's own.
+    with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
         json.dump(values, file, indent=2, ensure_ascii=False)
         file.write("\n")
         file.flush()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import CheckpointError
+from ..model.json_file import MAX_JSON_BYTES, open_regular, parse_object
 
-_MAX_HEADER_BYTES = 100_000_000
 # safetensors' name -> MLX's dtype, and the numpy dtype its bytes are read as.
 DTYPES: dict[str, tuple[mx.Dtype, str]] = {
     "F32": (mx.float32, "<f4"),
@@ -22,6 +22,7 @@ DTYPES: dict[str, tuple[mx.Dtype, str]] = {
     "U32": (mx.uint32, "<u4"),
     "U8": (mx.uint8, "u1"),
 }
+_MAX_DIMENSION = 2**31 - 1  # of an MLX array
 FLOATS = ("F32", "F16", "BF16")
 
 
@@ -48,32 +49,34 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         CheckpointError: the file is missing, truncated, damaged, or holds a dtype that is not supported.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            if size < 8 or length > min(size - 8, MAX_JSON_BYTES):
                 raise CheckpointError(f"{path}: is {size} bytes and no whole safetensors file; download it again")
-            table = json.loads(file.read(length))
+            text = file.read(length)
+        if not text.startswith(b"{"):
+            raise ValueError(f"it begins with {text[:8]!r} instead of an object")
+        table = parse_object(text)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; expected a shard of this checkpoint; download it again") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check the permissions") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path}: its header is damaged ({error}); download it again") from error
     return read_table(path, table, 8 + length, size)
 
 
-def read_table(path: Path, table: Any, data_start: int, size: int) -> dict[str, TensorEntry]:
+def read_table(path: Path, table: Mapping[str, Any], data_start: int, size: int) -> dict[str, TensorEntry]:
     """Checks a safetensors file's parsed table against its `size`; the file at `path` need not be here.
 
     Raises:
         CheckpointError: the table is damaged or does not cover the file, or a dtype is not supported.
     """
-    entries = [
-        _read_entry(path, name, value, data_start)
-        for name, value in (table.items() if isinstance(table, dict) else ())
-        if name != "__metadata__"
-    ]
+    metadata = table.get("__metadata__")
+    if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
+        raise CheckpointError(f"{path}: its __metadata__ is damaged; expected names and texts; download it again")
+    entries = [_read_entry(path, name, value, data_start) for name, value in table.items() if name != "__metadata__"]
     expected = data_start
     for entry in sorted(entries, key=lambda entry: (entry.start, entry.end)):
         if entry.start != expected:
@@ -88,19 +91,25 @@ def read_table(path: Path, table: Any, data_start: int, size: int) -> dict[str, 
 
 def _read_entry(path: Path, name: str, value: Any, data_start: int) -> TensorEntry:
     try:
-        dtype, shape, (start, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-        whole = all(isinstance(n, int) and n >= 0 for n in (*shape, start, end)) and start <= end
-        whole = whole and isinstance(dtype, str)
-    except (TypeError, KeyError, ValueError):
-        whole, dtype, shape, start, end = False, "", (), 0, 0
+        dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+        whole = isinstance(dtype, str) and all(isinstance(part, list | tuple) for part in (shape, offsets))
+        # A boolean is an integer to Python, and no reader's shape or offset.
+        whole = whole and all(type(n) is int and n >= 0 for n in (*shape, *offsets))
+        whole = whole and len(offsets) == 2 and offsets[0] <= offsets[1]
+    except (TypeError, KeyError):
+        whole = False
     if not whole:
         raise CheckpointError(f"{path}: its entry for {name!r} is damaged; download the file again")
-    if name.endswith("rotary_emb.inv_freq"):
-        return TensorEntry(name, dtype, shape, path, data_start + start, data_start + end)
-    if dtype not in DTYPES:
-        raise CheckpointError(f"{path}: {name!r} has dtype {dtype}; expected one of {', '.join(DTYPES)}")
-    if end - start != math.prod(shape) * DTYPES[dtype][0].size:
-        raise CheckpointError(
-            f"{path}: {name!r} has {end - start} bytes; its shape {shape} and {dtype} need another number"
-        )
-    return TensorEntry(name, dtype, shape, path, data_start + start, data_start + end)
+    if any(n > _MAX_DIMENSION for n in shape):
+        raise CheckpointError(f"{path}: {name!r} has shape {shape}; expected at most {_MAX_DIMENSION} a dimension")
+    start, end = offsets
+    if dtype in DTYPES:
+        needed = math.prod(shape) * DTYPES[dtype][0].size
+        if end - start != needed:
+            raise CheckpointError(
+                f"{path}: {name!r} has {end - start} bytes; expected {needed} for {dtype} of shape {tuple(shape)}; "
+                f"download it again"
+            )
+    elif not name.endswith("rotary_emb.inv_freq"):  # a table that old files have and nobody reads
+        raise CheckpointError(f"{path}: {name!r} has dtype {ascii(dtype)[1:-1]}; expected one of {', '.join(DTYPES)}")
+    return TensorEntry(name, dtype, tuple(shape), path, data_start + start, data_start + end)
