@@ -18,9 +18,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # An arrow may point from a later entry to an earlier one only. A folder stands for all that is in it.
 ORDER = [
     "errors", "upstream", "program",
-    "model.config", "model.rope", "model.activations", "model.relu2", "model.masks", "model.inputs", "model.losses",
+    "model.json_file", "model.config", "model.rope", "model.activations", "model.relu2", "model.masks", "model.inputs", "model.losses",
     "model.decoder", "model.heads",
-    "checkpoint.hub_request", "checkpoint.hub", "checkpoint.shards", "checkpoint.files", "checkpoint.quantization", "checkpoint.function_schema", "checkpoint.chat_template", "checkpoint.detokenizer",
+    "checkpoint.hub_request", "checkpoint.hub", "checkpoint.shards", "checkpoint.links", "checkpoint.headers", "checkpoint.files", "checkpoint.quantization", "checkpoint.function_schema", "checkpoint.chat_template", "checkpoint.detokenizer",
     "checkpoint.special_tokens", "checkpoint.tokenizer",
     "checkpoint.adapter_files", "checkpoint.peft", "checkpoint.adapters", "checkpoint.loading",
     "measure", "conversion", "generate", "engine", "tasks", "inspection", "lm", "bench", "doctor", "cli", "__init__", "__main__",

@@ -20,6 +20,7 @@ from .adapters import Model, has_adapter, set_adapter
 from .files import FLOATS, Checkpoint, TensorEntry, new_folder, open_checkpoint, same_content, write_json, write_tensors
 from .hub import resolve_folder
 from .quantization import Quantization, build_table, read_quantization
+from .shards import INDEX_FILE
 from .tokenizer import Tokenizer, read_tokenizer
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo"  # the small trained model that comes with the package
@@ -125,8 +126,10 @@ def lay_out_model(config: ArceeConfig, checkpoint: Checkpoint, model_class: type
 
     Raises:
         ConfigError, InputError: see `load_model`.
+        CheckpointError: config.json has sizes that no model in these files can have.
     """
     chosen = choose_class(config, model_class)
+    _refuse_sizes(config, checkpoint)
     entries = checkpoint.entries
     names = map_names(entries, chosen)
     tied = None
@@ -136,6 +139,24 @@ def lay_out_model(config: ArceeConfig, checkpoint: Checkpoint, model_class: type
         model = ArceeModel(config) if chosen is ArceeModel else ArceeForCausalLM(config, tied=tied)
         _quantize_layers(model, names, config)
     return OpenedModel(config, checkpoint, names, model)
+
+
+def _refuse_sizes(config: ArceeConfig, checkpoint: Checkpoint) -> None:
+    """Stops at sizes out of all proportion to the files: to lay such a model out would take memory or time without end."""
+    most_weights = 4 * sum(entry.nbytes for entry in checkpoint.entries.values())  # at two bits each
+    widest, tallest = (min(max(n, 2**20), 2**31 - 1) for n in (most_weights, most_weights // config.hidden_size))
+    for name, got, most in (
+        ("num_hidden_layers", config.num_hidden_layers, max(len(checkpoint.entries), 1000)),
+        ("hidden_size", config.hidden_size, widest),
+        ("vocab_size", config.vocab_size, tallest),
+        ("intermediate_size", config.intermediate_size, tallest),
+        ("num_attention_heads times head_dim", config.num_attention_heads * config.head_size, tallest),
+    ):
+        if got > most:
+            raise CheckpointError(
+                f"{config.source}: {name} is {got}; expected at most {most}, by the size of the weights in "
+                f"{checkpoint.folder}; check that config and weights belong together"
+            )
 
 
 def choose_class(config: ArceeConfig, asked: type[Any] | None = None) -> type[Model]:
@@ -292,8 +313,9 @@ def _refuse_misfits(checkpoint: Checkpoint, misfits: Misfits) -> None:
             if missing[0].startswith("lm_head")
             else "download it again"
         )
+        place = checkpoint.files[0] if len(checkpoint.files) == 1 else checkpoint.folder / INDEX_FILE
         raise CheckpointError(
-            f"{checkpoint.folder}: has no tensor {missing[0]!r}{_and_more(missing)}; expected shape "
+            f"{place}: has no tensor {missing[0]!r}{_and_more(missing)}; expected shape "
             f"{misfits.missing[missing[0]]}; {advice}"
         )
     if unexpected := misfits.unexpected:

@@ -89,7 +89,7 @@ def write_card(folder: Path, conversion: Conversion, source_folder: Path, *, hub
         f"Converted from {conversion.source} to MLX's format by arcee_mlx ({conversion.form}). "
         f"What the model is and how it may be used is said by its makers, in the original's model card and licence.\n"
     )
-    with open(folder / CARD_FILE, "w", encoding="utf-8") as file:
+    with open(folder / CARD_FILE, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -134,7 +134,16 @@ def _read_metadata(card: Path) -> dict[str, Any]:
         values = metadata_load(card) or {}
     except Exception:  # what a damaged header raises is the YAML library's own; a card stops no conversion
         return {}
-    return {key: values[key] for key in _KEPT_METADATA if key in values}
+    texts = {key: values.get(key) for key in _KEPT_METADATA}  # YAML has dates and nested lists besides
+    return {
+        key: text
+        for key, text in texts.items()
+        if _is_text(text) or isinstance(text, list) and all(map(_is_text, text))
+    }
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _gigabytes(nbytes: int) -> str:

@@ -27,6 +27,7 @@ from ..checkpoint.files import (
     write_json,
 )
 from ..checkpoint.hub import resolve_folder
+from ..checkpoint.links import check_links, find_files
 from ..checkpoint.loading import OpenedModel, open_model
 from ..errors import ConversionError, InputError
 from ..model.config import ArceeConfig, read_json
@@ -140,12 +141,13 @@ def plan_conversion(
     folder = resolve_folder(hf_path, revision=revision, progress=progress)
     hub_id = None if folder == Path(hf_path).expanduser() else os.fspath(hf_path)
     _check_apart(folder, target)
+    check_links(folder)
     source = _open_source(folder)
     entries = {key: source.checkpoint.entries[name] for key, name in source.names.items()}
     dtype = recipe.dtype or _own_dtype(source.config, entries)
     layers = {path for path, module in source.model.named_modules() if hasattr(module, "to_quantized")}
     tensors = plan_tensors(entries, layers, recipe, dtype=dtype, num_layers=source.config.num_hidden_layers)
-    carried = sorted({p for pattern in _CARRIED for p in folder.glob(pattern) if p.is_file()})
+    carried = find_files(folder, _CARRIED)
     conversion = Conversion(
         source=hub_id or folder.resolve().name,
         folder=target,

@@ -5,14 +5,14 @@ Source: transformers 5.23 `models/arcee/configuration_arcee.py`, `configuration_
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import ConfigError
+from .json_file import read_json as read_json
 
 ACTIVATIONS = (
     "gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh",
@@ -20,6 +20,7 @@ ACTIVATIONS = (
     "swish", "tanh",
 )  # fmt: skip
 DTYPES = ("float32", "float16", "bfloat16")
+_MAX_LABELS = 1_000_000  # each gets a name
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 
 _REQUIRED_ROPE_KEYS = {
@@ -240,6 +241,9 @@ class ArceeConfig:
         for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
             if not isinstance(getattr(self, name), bool):
                 self._refuse(name, getattr(self, name), "true or false")
+        names = self.architectures
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            self._refuse("architectures", names, "a list of names")
         if not isinstance(self.rope_parameters, Mapping | None):
             self._refuse("rope_parameters", self.rope_parameters, "an object")
 
@@ -273,25 +277,6 @@ class ArceeConfig:
 
     def _refuse(self, name: str, got: Any, want: str) -> None:
         raise ConfigError(f"{self.source}: {name} is {got!r}; expected {want}; correct it in the config")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object from a file of a checkpoint.
-
-    Raises:
-        CheckpointError: the file is missing, unreadable, not JSON, or not an object.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path}: no such file; expected a checkpoint folder with {path.name}; check the path, or download it again"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); expected JSON; download the file again") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: holds a {type(values).__name__}; expected a JSON object; download it again")
-    return values
 
 
 def read_config(folder: Path) -> ArceeConfig:
@@ -356,8 +341,8 @@ def _read_labels(values: Mapping[str, Any], source: str) -> dict[int, str] | Non
             ) from error
     if count is None:
         return None
-    if not _is_int(count) or count < 1:
-        raise ConfigError(f"{source}: num_labels is {count!r}; expected an integer of at least 1; correct it")
+    if not _is_int(count) or not 1 <= count <= _MAX_LABELS:
+        raise ConfigError(f"{source}: num_labels is {count!r}; expected an integer from 1 to {_MAX_LABELS}; correct it")
     return {i: f"LABEL_{i}" for i in range(count)}
 
 
