@@ -8,12 +8,13 @@ reads a whole tensor for ten rows of it, and mapped pages count as memory too.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,27 @@ def read_rows(entry: TensorEntry, start: int, stop: int) -> mx.array:
     return rows.view(dtype) if rows.dtype != dtype else rows
 
 
+def read_columns(entry: TensorEntry, start: int, stop: int) -> mx.array:
+    """Reads columns [start, stop) of a matrix, and nothing else of the file, and transposes them.
+
+    Returns:
+        array of shape (stop - start, entry.shape[0]) in the file's dtype.
+
+    Raises:
+        InputError: there are no such columns.
+        CheckpointError: the file ended early or could not be read.
+    """
+    rows, columns = entry.shape
+    if not 0 <= start <= stop <= columns:
+        raise InputError(f"columns {start} to {stop} of {entry.name!r}; expected a range within its {columns} columns")
+    dtype, storage = DTYPES[entry.dtype]
+    width = dtype.size
+    pieces = [(row * columns + start) * width for row in range(rows)]
+    data = _read_pieces(entry, pieces, (stop - start) * width)
+    values = mx.array(np.ascontiguousarray(data.view(storage).reshape(rows, stop - start).T))
+    return values.view(dtype) if values.dtype != dtype else values
+
+
 def same_content(a: TensorEntry, b: TensorEntry) -> bool:
     """Whether two tensors are equal to the bit; reads slices and stops at the first difference."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
@@ -109,17 +131,23 @@ def same_content(a: TensorEntry, b: TensorEntry) -> bool:
 
 def _read_bytes(entry: TensorEntry, start: int, stop: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
     """Reads bytes [start, stop) of a tensor."""
-    buffer = np.empty(stop - start, np.uint8)
-    view, done = buffer.data, 0
+    return _read_pieces(entry, [start], stop - start)
+
+
+def _read_pieces(entry: TensorEntry, starts: Sequence[int], size: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    """Reads `size` bytes from each of some offsets in a tensor, one after the other."""
+    buffer = np.empty(len(starts) * size, np.uint8)
     try:
         with open(entry.file, "rb", buffering=0) as file:
-            file.seek(entry.start + start)
-            while done < len(view) and (count := file.readinto(view[done:])):
-                done += count
+            for i, start in enumerate(starts):
+                view, done = buffer[i * size : (i + 1) * size].data, 0
+                file.seek(entry.start + start)
+                while done < size and (count := file.readinto(view[done:])):
+                    done += count
+                if done < size:
+                    raise CheckpointError(f"{entry.file}: ends inside {entry.name!r}; download it again")
     except OSError as error:
         raise CheckpointError(f"{entry.file}: cannot read {entry.name!r} ({error.strerror})") from error
-    if done < len(view):
-        raise CheckpointError(f"{entry.file}: ends inside {entry.name!r}; download it again")
     return buffer
 
 
@@ -129,8 +157,16 @@ class TensorWriter:
     Bytes go to their final place as they are made, in any order; `close` checks nothing is missing and syncs to disk.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-        """Args: path of the new file; name -> (safetensors dtype, shape), in the order they are to lie."""
+    def __init__(
+        self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], finished: Collection[str] = ()
+    ) -> None:
+        """Begins a file, or goes on with it.
+
+        Args:
+            path: of the file.
+            tensors: name -> (safetensors dtype, shape), in the order they are to lie.
+            finished: tensors that an earlier writer of the same file has written; not empty only where it is there.
+        """
         header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
         offset = 0
         self._sizes: dict[str, int] = {}
@@ -142,9 +178,9 @@ class TensorWriter:
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)
         self._starts = {name: 8 + len(encoded) + header[name]["data_offsets"][0] for name in tensors}
-        self._written = dict.fromkeys(tensors, 0)
+        self._written = {name: size if name in finished else 0 for name, size in self._sizes.items()}
         self._path = path
-        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 - closed by close()
+        self._file = open(path, "r+b" if finished else "wb", buffering=0)  # noqa: SIM115 - closed by close()
         self._file.write(len(encoded).to_bytes(8, "little") + encoded)
         self._file.truncate(8 + len(encoded) + offset)
 
@@ -158,12 +194,16 @@ class TensorWriter:
             position += count
             data = data[count:]
 
+    def sync(self) -> None:
+        """Makes what was written lasting."""
+        sync_file(self._file.fileno())
+
     def close(self) -> None:
         """Syncs the file; raises CheckpointError if a tensor is not complete."""
         for name, size in self._sizes.items():
             if self._written[name] != size:
                 raise CheckpointError(f"{self._path}: {name!r} has {self._written[name]} bytes; expected {size}")
-        os.fsync(self._file.fileno())
+        self.sync()
         self._file.close()
 
     def abort(self) -> None:
@@ -200,7 +240,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
         json.dump(values, file, indent=2, ensure_ascii=False)
         file.write("\n")
         file.flush()
-        os.fsync(file.fileno())
+        sync_file(file.fileno())
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, mx.array]) -> None:
@@ -250,7 +290,7 @@ def check_target(path: Path, *, overwrite: bool) -> None:
 def publish_folder(partial: Path, path: Path) -> None:
     """Syncs a finished folder and gives it its name; an older one of that name goes only after."""
     for folder in (partial, path.parent):
-        _sync(folder)
+        sync_folder(folder)
     partial.chmod(0o777 & ~_umask())
     if path.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
@@ -259,7 +299,7 @@ def publish_folder(partial: Path, path: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         os.replace(partial, path)
-    _sync(path.parent)
+    sync_folder(path.parent)
 
 
 def _as_numpy(values: mx.array) -> np.ndarray:
@@ -267,10 +307,20 @@ def _as_numpy(values: mx.array) -> np.ndarray:
     return np.array(values.view(mx.uint16) if values.dtype == mx.bfloat16 else values, copy=False)
 
 
-def _sync(folder: Path) -> None:
+def sync_file(descriptor: int) -> None:
+    """Makes what was written to an open file lasting, past the drive's own cache, too."""
+    if hasattr(fcntl, "F_FULLFSYNC"):  # macOS, whose fsync ends at the drive's cache
+        with contextlib.suppress(OSError):  # not on every file system
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder lasting."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        sync_file(descriptor)
     finally:
         os.close(descriptor)
 
