@@ -1,6 +1,6 @@
 """Writes a checkpoint of AFM-4.5B's shape with random bfloat16 weights, to measure conversion, loading and decoding on.
 
-    python tests/make_afm_shape.py FOLDER [--layers 36]
+    python -m arcee_mlx.bench.afm_shape FOLDER [--layers 36]
 
 All 36 layers are 9.24 GB on disk, made with a few hundred MB of memory. There is no tokenizer: what a model of random
 weights says has no meaning.
@@ -11,16 +11,17 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from ..checkpoint.files import TensorWriter, new_folder, plan_shards, write_index, write_json
+from ..program import run_program
 
-from arcee_mlx.checkpoint.files import TensorWriter, new_folder, plan_shards, write_index, write_json
-
-CONFIG: dict[str, Any] = {
+AFM_CONFIG: dict[str, Any] = {
     "architectures": ["ArceeForCausalLM"],
     "attention_bias": False,
     "attention_dropout": 0.0,
@@ -54,14 +55,14 @@ CONFIG: dict[str, Any] = {
     "use_cache": True,
     "vocab_size": 128005,
 }
-BLOCK_WEIGHTS = 2**23  # drawn at once
+_BLOCK_WEIGHTS = 2**23  # drawn at once
 
 
-def tensor_shapes(layers: int) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(layers: int, config: Mapping[str, Any] = AFM_CONFIG) -> dict[str, tuple[int, ...]]:
     """Names and shapes as transformers saves them, in the model's order."""
-    hidden, inner, vocab = CONFIG["hidden_size"], CONFIG["intermediate_size"], CONFIG["vocab_size"]
-    queries = CONFIG["num_attention_heads"] * CONFIG["head_dim"]
-    keys = CONFIG["num_key_value_heads"] * CONFIG["head_dim"]
+    hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    queries = config["num_attention_heads"] * config["head_dim"]
+    keys = config["num_key_value_heads"] * config["head_dim"]
     layer = {
         "input_layernorm": (hidden,),
         "self_attn.q_proj": (queries, hidden),
@@ -78,42 +79,76 @@ def tensor_shapes(layers: int) -> dict[str, tuple[int, ...]]:
     return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
 
 
-def write_checkpoint(folder: Path, layers: int) -> int:
-    """Writes config and weights; returns the bytes of the weights."""
-    shapes = tensor_shapes(layers)
+def count_weights(layers: int, config: Mapping[str, Any] = AFM_CONFIG) -> int:
+    """Weights of a checkpoint with so many layers; each takes two bytes."""
+    return sum(math.prod(shape) for shape in tensor_shapes(layers, config).values())
+
+
+def write_checkpoint(
+    folder: Path, layers: int, *, config: Mapping[str, Any] = AFM_CONFIG, progress: bool = False
+) -> int:
+    """Writes config and weights, the same ones each time; the folder appears when it is complete.
+
+    Args:
+        folder: a new one.
+        layers: number of decoder layers, in place of the config's.
+        config: of the checkpoint; its head must be untied.
+        progress: show a bar on standard error, if that is a terminal.
+
+    Returns:
+        bytes of the weights.
+    """
+    shapes = tensor_shapes(layers, config)
     sizes = {name: 2 * math.prod(shape) for name, shape in shapes.items()}
     shards = plan_shards(sizes)
-    mx.random.seed(0)
-    with new_folder(folder) as partial:
+    key = mx.random.key(0)
+    bar = tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, disable=None if progress else True)
+    with bar, new_folder(folder) as partial:
         for file, names in shards.items():
             writer = TensorWriter(partial / file, {name: ("BF16", shapes[name]) for name in names})
             try:
                 for name in names:
-                    write_random(writer, name, shapes[name])
+                    key, own_key = mx.random.split(key)
+                    _write_random(writer, name, shapes[name], own_key)
+                    bar.update(sizes[name])
                 writer.close()
             finally:
                 writer.abort()
         write_index(partial, shards, sum(sizes.values()))
-        write_json(partial / "config.json", CONFIG | {"num_hidden_layers": layers})
+        write_json(partial / "config.json", {**config, "num_hidden_layers": layers})
     return sum(sizes.values())
 
 
-def write_random(writer: TensorWriter, name: str, shape: tuple[int, ...]) -> None:
+def _write_random(writer: TensorWriter, name: str, shape: tuple[int, ...], key: mx.array) -> None:
     """Norms are ones, everything else is drawn from a normal distribution of standard deviation 0.02."""
     if len(shape) == 1:
         writer.write(name, mx.ones(shape, mx.bfloat16))
         return
     rows, columns = shape
-    step = BLOCK_WEIGHTS // columns
+    step = max(1, _BLOCK_WEIGHTS // columns)
     for start in range(0, rows, step):
+        key, own_key = mx.random.split(key)
         size = (min(step, rows - start), columns)
-        writer.write(name, mx.random.normal(size, mx.float32, scale=0.02).astype(mx.bfloat16))
+        writer.write(name, mx.random.normal(size, mx.float32, scale=0.02, key=own_key).astype(mx.bfloat16))
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="new folder to write")
+    parser.add_argument("--layers", type=int, default=36, metavar="N", help="decoder layers (36, as AFM-4.5B has)")
+
+
+def _run(args: argparse.Namespace) -> int:
+    written_bytes = write_checkpoint(args.folder, args.layers, progress=True)
+    print(f"{args.folder}: {written_bytes / 1e9:.2f} GB of random weights")
+    return 0
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Write a checkpoint of AFM-4.5B's shape with random weights.")
-    parser.add_argument("folder", type=Path, help="new folder to write")
-    parser.add_argument("--layers", type=int, default=36, help="decoder layers (AFM-4.5B has 36)")
-    arguments = parser.parse_args()
-    written = write_checkpoint(arguments.folder, arguments.layers)
-    print(f"{arguments.folder}: {written / 1e9:.2f} GB of random weights")
+    sys.exit(
+        run_program(
+            "python -m arcee_mlx.bench.afm_shape",
+            "Write a checkpoint of AFM-4.5B's shape with random weights.",
+            _add_arguments,
+            _run,
+        )
+    )

@@ -1,0 +1,35 @@
+"""`arcee-mlx bench`: its subcommands and their options."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from arcee_mlx.bench.command import add_arguments
+from arcee_mlx.checkpoint.loading import DEMO_MODEL
+from arcee_mlx.cli import main
+
+
+def test_defaults_are_what_the_readme_quotes() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert parser.parse_args(["startup"]).runs == 10
+    batch = parser.parse_args(["batch"])
+    assert (batch.runs, batch.max_tokens, batch.model) == (10, 64, str(DEMO_MODEL))
+    assert parser.parse_args(["convert", "--layers", "9", "18"]).layers == [9, 18]
+
+
+def test_batch_prints_both_rates_and_their_ratio(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "batch", "--model", str(checkpoint), "--runs", "1", "--max-tokens", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "mlx" in lines[0]
+    assert [line[:10].strip() for line in lines[1:]] == ["batched", "one by one", "ratio"]
+    assert "8 answers of up to 2 tokens" in lines[-1]
+
+
+@pytest.mark.parametrize("arguments", [("startup", "--runs", "0"), ("batch", "--max-tokens", "0")])
+def test_less_than_one_of_anything_is_refused(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *arguments]) == 2
+    assert "expected at least 1" in capsys.readouterr().err
