@@ -295,10 +295,11 @@ def _quantize_layers(model: Model, names: Mapping[str, str], config: ArceeConfig
             chosen = read_quantization(table, path)
         except InputError as error:
             raise ConfigError(f"{config.source}: {error}; the file and its config do not belong together") from None
-        if (inputs := module.weight.shape[-1]) % chosen.group_size:
+        width = module.get("weight", module.get("weight_by_neuron")).shape[-1]
+        if width % chosen.group_size:
             raise ConfigError(
-                f"{config.source}: quantization group_size {chosen.group_size} does not divide the {inputs} inputs of "
-                f"{path!r}"
+                f"{config.source}: quantization group_size {chosen.group_size} does not divide the rows of {width} weights "
+                f"of {path!r}"
             )
         return asdict(chosen)
 

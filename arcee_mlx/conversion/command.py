@@ -9,9 +9,9 @@ from typing import Any
 
 from ..checkpoint.quantization import MODES, Quantization
 from ..errors import InputError
-from ..model.config import DTYPES
+from ..model.config import DTYPES, LAYOUTS
 from .dry_run import describe_plan, plan_to_dict
-from .recipes import BITS, GROUP_SIZES, LAYOUTS, Recipe, list_recipes, override
+from .recipes import BITS, GROUP_SIZES, Recipe, list_recipes, override
 from .report import summarize
 from .run import check_space, convert, plan_conversion
 

@@ -11,10 +11,9 @@ from typing import Any
 
 from ..checkpoint.quantization import MODES, Quantization, list_words
 from ..errors import InputError
-from ..model.config import DTYPES
+from ..model.config import DTYPES, LAYOUTS
 
 RECIPES = Path(__file__).with_name("recipes")  # the folder beside this module
-LAYOUTS = ("standard", "by_neuron")
 MORE_BITS = "use_more_bits"
 BITS = tuple(sorted({bits for allowed, _ in MODES.values() for bits in allowed}))
 GROUP_SIZES = tuple(sorted({size for _, allowed in MODES.values() for size in allowed}))

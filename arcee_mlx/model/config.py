@@ -21,6 +21,8 @@ ACTIVATIONS = (
 )  # fmt: skip
 DTYPES = ("float32", "float16", "bfloat16")
 _MAX_LABELS = 1_000_000  # each gets a name
+LAYOUTS = ("standard", "by_neuron")
+LAYOUT_VERSION = 1
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 
 _REQUIRED_ROPE_KEYS = {
@@ -89,6 +91,8 @@ class ArceeConfig:
         dtype: dtype the checkpoint was saved for: "float32", "float16", "bfloat16", or None when it does not say.
         id2label: class names of a classification head; None where the file has none (`num_labels` is then 2).
         quantization: MLX's quantization table as mlx-lm writes it (`group_size`, `bits`, `mode`, entries per layer).
+        down_proj_layout: how down projections are stored: "standard", or "by_neuron" (transposed). In the file it is
+            an object with a version, which is absent for the standard layout.
 
     Raises:
         ConfigError: a value is missing, has the wrong type, or describes a model transformers would refuse.
@@ -122,6 +126,7 @@ class ArceeConfig:
     output_hidden_states: bool = False
     output_attentions: bool = False
     quantization: dict[str, Any] | None = None
+    down_proj_layout: str = "standard"
     source: str = field(default="ArceeConfig", repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -143,6 +148,8 @@ class ArceeConfig:
             )
         if self.hidden_act not in ACTIVATIONS:
             self._refuse("hidden_act", self.hidden_act, "one of " + ", ".join(ACTIVATIONS))
+        if self.down_proj_layout not in LAYOUTS:
+            self._refuse("down_proj_layout", self.down_proj_layout, " or ".join(LAYOUTS))
         if self.dtype is not None and self.dtype not in DTYPES:
             self._refuse("dtype", self.dtype, "one of " + ", ".join(DTYPES))
         if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:
@@ -201,6 +208,7 @@ class ArceeConfig:
         # mlx-lm writes its table twice; older files may have the second only.
         kept["quantization"] = values.get("quantization") or values.get("quantization_config")
         kept["id2label"] = _read_labels(values, source)
+        kept["down_proj_layout"] = _read_layout(values.get("down_proj_layout"), source)
         return cls(**kept, source=source)
 
     def to_dict(self) -> dict[str, Any]:
@@ -212,6 +220,7 @@ class ArceeConfig:
         for key in ("output_hidden_states", "output_attentions"):
             if not values[key]:
                 del values[key]
+        values |= layout_entry(values.pop("down_proj_layout"))
         return encode_special_floats({"model_type": "arcee", **values})
 
     def _check_types(self) -> None:
@@ -288,6 +297,23 @@ def read_config(folder: Path) -> ArceeConfig:
     """
     path = Path(folder) / "config.json"
     return ArceeConfig.from_dict(read_json(path), source=str(path))
+
+
+def layout_entry(layout: str) -> dict[str, Any]:
+    """What config.json holds of a layout of down projections: nothing for the standard one."""
+    return {} if layout == "standard" else {"down_proj_layout": {"name": layout, "version": LAYOUT_VERSION}}
+
+
+def _read_layout(entry: Any, source: str) -> str:
+    if entry is None:
+        return "standard"
+    name, version = (entry.get("name"), entry.get("version")) if isinstance(entry, Mapping) else (entry, None)
+    if name not in LAYOUTS or version != LAYOUT_VERSION:
+        raise ConfigError(
+            f"{source}: down_proj_layout is {entry!r}; expected {layout_entry('by_neuron')['down_proj_layout']}; upgrade "
+            f"arcee_mlx if a newer one wrote this, or convert the original again with --layout standard"
+        )
+    return name
 
 
 def _merge_rope(values: Mapping[str, Any], source: str) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from .config import ArceeConfig
 from .inputs import Embedded, keep_rows, read_inputs, read_positions
 from .losses import causal_loss
 from .masks import Mask, attention_mask_4d, causal_mask, packed_mask
+from .relu2.down import DownByNeuron
 from .rope import RotaryEmbedding, Rotation, rotate
 
 
@@ -119,7 +120,8 @@ class MLP(nn.Module):
     def __init__(self, config: ArceeConfig) -> None:
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        down = DownByNeuron if config.down_proj_layout == "by_neuron" else nn.Linear
+        self.down_proj = down(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACTIVATIONS[config.hidden_act]
 
     def __call__(self, x: mx.array) -> mx.array:
