@@ -38,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--q-mode", choices=MODES, help="quantization mode (default: affine)")
     parser.add_argument("--dtype", choices=DTYPES, help="of all that is not quantized (default: the checkpoint's own)")
     parser.add_argument("--force", action="store_true", help="replace the converted model that is at --mlx-path")
+    parser.add_argument(
+        "--allow-nonfinite", action="store_true", help="keep weights that are Inf or NaN, which are refused otherwise"
+    )
     for names, advice in _REFUSED.items():
         parser.add_argument(*names, action=_Refuse, nargs="*", help=argparse.SUPPRESS, advice=advice)
 
@@ -60,6 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
         recipe,
         revision=arguments.revision,
         overwrite=arguments.force,
+        allow_nonfinite=arguments.allow_nonfinite,
         progress=True,
     )
     print(summarize(conversion), file=sys.stderr)

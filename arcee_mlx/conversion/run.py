@@ -53,6 +53,7 @@ def convert(
     *,
     revision: str | None = None,
     overwrite: bool = False,
+    allow_nonfinite: bool = False,
     progress: bool = False,
 ) -> Conversion:
     """Converts a checkpoint. The new folder appears when it is complete and verified; a failure leaves nothing.
@@ -63,6 +64,7 @@ def convert(
         recipe: what to make of the weights; by default 4 bits in groups of 64.
         revision: branch, tag or commit of a hub id.
         overwrite: replace the checkpoint that is at `mlx_path`, once the new one is complete.
+        allow_nonfinite: keep weights that are Inf or NaN instead of refusing them; see `convert_slices`.
         progress: show a bar on standard error, if that is a terminal.
 
     Raises:
@@ -98,7 +100,7 @@ def convert(
     _check_space(target, needed_bytes)
     try:
         with new_folder(target, overwrite=overwrite) as partial:
-            _write_weights(partial, plan, progress=progress)
+            _write_weights(partial, plan, allow_nonfinite=allow_nonfinite, progress=progress)
             _copy_files(folder, partial, conversion.carried_files)
             write_json(partial / "config.json", _convert_config(source, recipe.quantization, dtype))
             write_card(partial, conversion, folder, hub_id=hub_id)
@@ -115,8 +117,8 @@ def _open_source(folder: Path) -> OpenedModel:
     opened = open_model(folder)
     if opened.config.quantization or any(name.endswith(".scales") for name in opened.names):
         raise ConversionError(
-            f"{folder}: is quantized for MLX already; expected float weights; load it as it is, or convert the original "
-            f"checkpoint it was made from"
+            f"{opened.config.source}: says that the model is quantized for MLX already; expected float weights; load it as "
+            f"it is, or convert the original checkpoint it was made from"
         )
     return opened
 
@@ -149,7 +151,7 @@ def _check_space(target: Path, needed_bytes: int) -> None:
         )
 
 
-def _write_weights(folder: Path, plan: Sequence[PlannedTensor], *, progress: bool) -> None:
+def _write_weights(folder: Path, plan: Sequence[PlannedTensor], *, allow_nonfinite: bool, progress: bool) -> None:
     by_name = {t.source.name: t for t in plan}
     shards = plan_shards({name: t.nbytes for name, t in by_name.items()})  # a layer's codes and scales stay together
     total_bytes = sum(t.source.nbytes for t in plan)
@@ -158,7 +160,7 @@ def _write_weights(folder: Path, plan: Sequence[PlannedTensor], *, progress: boo
             tensors = [by_name[name] for name in names]
             writer = TensorWriter(folder / file, {name: spec for t in tensors for name, spec in t.outputs.items()})
             try:
-                with closing(convert_slices(tensors)) as slices:
+                with closing(convert_slices(tensors, allow_nonfinite=allow_nonfinite)) as slices:
                     for tensor, arrays in slices:
                         for name, rows in zip(tensor.outputs, arrays, strict=True):
                             writer.write(name, rows)
