@@ -49,6 +49,19 @@ def test_a_link_may_lead_to_its_like_into_the_folder_or_to_a_blob_of_a_cache(fol
     check_file(link(folder / "LICENSE", "../models--org--name/snapshots/abc/LICENSE"), folder)
 
 
+def test_a_blob_may_be_shared_by_the_models_of_a_cache(tmp_path: Path) -> None:
+    blob, snapshot = tmp_path / "models--org--name/blobs/etag", tmp_path / "models--org--name/snapshots/abc"
+    snapshot.mkdir(parents=True)
+    blob.parent.mkdir()
+    write(tmp_path / "blobs/01/0123")
+    link(snapshot / "LICENSE", "../../blobs/etag")
+    link(blob, "../../blobs/01/0123")
+    with pytest.raises(CheckpointError, match="blobs/01/0123; expected"):
+        check_file(snapshot / "LICENSE", snapshot)
+    write(tmp_path / "blobs/.huggingface-shared-blobs")
+    check_file(snapshot / "LICENSE", snapshot)
+
+
 def test_a_folder_that_is_reached_by_a_link_is_the_folder_itself(folder: Path, tmp_path: Path) -> None:
     write(folder / "kept.json")
     link(folder / "config.json", "kept.json")

@@ -245,7 +245,17 @@ def test_the_model_card_is_our_own_and_keeps_the_licence(tmp_path):
     assert "The best model" not in card and str(tmp_path) not in card
 
 
-@pytest.mark.parametrize("text", ["no header", "---\n[unclosed\n---\n", "---\n- a list\n---\n", "\x00"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no header",
+        "---\n[unclosed\n---\n",
+        "---\n- a list\n---\n",
+        "\x00",
+        "---\nlicense: 2020-01-01\n---\n",
+        '---\nlanguage: ["\\ud800"]\nlicense: [[x]]\n---\n',
+    ],
+)
 def test_a_card_that_cannot_be_read_does_not_stop_a_conversion(tmp_path, text):
     source = write_source(tmp_path / "in")
     (source / "README.md").write_text(text)
