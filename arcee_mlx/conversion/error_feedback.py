@@ -45,11 +45,19 @@ class Rounded:
 
     def pack(self, form: Quantization, dtype: mx.Dtype) -> list[mx.array]:
         """As `mx.quantize` gives it: codes packed in uint32, scales, biases."""
-        return [pack_codes(self.codes, form.bits), mx.array(self.scales).astype(dtype), mx.array(self.biases).astype(dtype)]
+        return [
+            pack_codes(self.codes, form.bits),
+            mx.array(self.scales).astype(dtype),
+            mx.array(self.biases).astype(dtype),
+        ]
 
 
 def round_by_column(
-    weight: Floats, moments: Floats, form: Quantization, dtype: mx.Dtype, on_columns: Callable[[int], None] | None = None
+    weight: Floats,
+    moments: Floats,
+    form: Quantization,
+    dtype: mx.Dtype,
+    on_columns: Callable[[int], None] | None = None,
 ) -> Rounded:
     """Rounds a weight stored as nn.Linear stores it, groups along the inputs.
 
@@ -74,7 +82,11 @@ def round_by_column(
 
 
 def round_by_row(
-    weight: Floats, moments: Floats, form: Quantization, dtype: mx.Dtype, on_columns: Callable[[int], None] | None = None
+    weight: Floats,
+    moments: Floats,
+    form: Quantization,
+    dtype: mx.Dtype,
+    on_columns: Callable[[int], None] | None = None,
 ) -> Rounded:
     """Rounds a weight that is stored transposed, a row for each input, groups along the outputs; see `round_by_column`.
 
