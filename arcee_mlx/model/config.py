@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from .json_file import decode_special_floats, encode_special_floats, shorten
 from .json_file import read_json as read_json
 
 ACTIVATIONS = (
@@ -192,7 +193,7 @@ class ArceeConfig:
         Raises:
             ConfigError: as the class, and for a key of another decoder that would change the computation.
         """
-        values = _decode_special_floats(dict(values))
+        values = decode_special_floats(dict(values))
         if (model_type := values.get("model_type", "arcee")) != "arcee":
             raise ConfigError(
                 f"{source}: model_type {shorten(model_type)}; expected 'arcee'; this package runs Arcee's dense decoder only, "
@@ -290,12 +291,6 @@ class ArceeConfig:
         raise ConfigError(f"{self.source}: {name} is {shorten(got)}; expected {want}; correct it in the config")
 
 
-def shorten(value: Any) -> str:
-    """A value from a file as an error shows it: whole, or its beginning."""
-    text = repr(value)
-    return text if len(text) <= 300 else f"{text[:300]}..."
-
-
 def read_config(folder: Path) -> ArceeConfig:
     """Reads `config.json` of a checkpoint folder.
 
@@ -390,24 +385,3 @@ def _is_int(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-_SPECIAL_FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
-
-
-def _decode_special_floats(value: Any) -> Any:
-    """Reads transformers 5's `{"__float__": "Infinity"}` objects back as floats."""
-    if isinstance(value, dict):
-        if set(value) == {"__float__"} and value["__float__"] in _SPECIAL_FLOATS:
-            return _SPECIAL_FLOATS[value["__float__"]]
-        return {key: _decode_special_floats(item) for key, item in value.items()}
-    return [_decode_special_floats(item) for item in value] if isinstance(value, list) else value
-
-
-def encode_special_floats(value: Any) -> Any:
-    """Writes infinities and NaN, which JSON does not have, as transformers 5 does."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"__float__": "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
-    if isinstance(value, dict):
-        return {key: encode_special_floats(item) for key, item in value.items()}
-    return [encode_special_floats(item) for item in value] if isinstance(value, list) else value

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..errors import ConfigError
-from .config import ArceeConfig, shorten
+from .config import ArceeConfig
+from .json_file import shorten
 
 _MAX_ROTATED = 2**20  # far above any head, far below what a table could not be made for
 

@@ -141,6 +141,7 @@ def configs(choose: random.Random) -> Iterator[Case]:
         "an unknown key": '{"a": [1, null]}',
         "not a number": "NaN",
         "huge": "1e999",
+        "no special float": '{"__float__": [1]}',
     }
     for name, value in harmless.items():
         yield Case(name, single(settings=text[:-1] + f', "x": {value}}}'.encode()))
