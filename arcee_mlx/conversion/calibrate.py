@@ -8,7 +8,7 @@ with the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,10 +22,11 @@ from ..measure.layers import CAUSAL, LayerStream, WeightReader, check_finite
 from ..model.decoder import DecoderLayer
 from ..model.rope import Rotation
 from .error_feedback import ErrorFeedback, Floats, correct_weight, round_to_nearest
-from .fold import HEADROOM, Scaling, layer_scalings, needs_fold
+from .fold import HEADROOM, Scaling, find_down, layer_scalings, needs_fold, scale_neurons
 from .plan import PlannedTensor
 from .prepare import ConversionPlan
 from .quantize import convert_slices
+from .rescale import NeuronUse, choose_factors
 
 _SEQUENCES_TOGETHER = 4
 _HEAD_ROWS = 2**13
@@ -50,17 +51,14 @@ def check_calibration(planned: ConversionPlan, *, allow_nonfinite: bool) -> None
 
 
 class Calibration:
-    """Converts a model's tensors layer by layer; `convert_tensors` gives them, to be written at once.
-
-    Attributes:
-        scalings: what neurons were scaled by so far, by the model's key.
-    """
+    """Converts a model's tensors layer by layer; `convert_tensors` gives them, to be written at once."""
 
     def __init__(
         self,
         planned: ConversionPlan,
         written: WeightReader,
         finished: Container[str],
+        scalings: dict[str, Scaling],
         ids: mx.array,
     ) -> None:
         """Prepares; computes nothing.
@@ -69,24 +67,24 @@ class Calibration:
             planned: the conversion.
             written: reads the tensors of the result, once they were given and written.
             finished: names of planned tensors that are written already.
+            scalings: what those were scaled by, by the model's key; what is scaled from now on comes to it.
             ids: (N, T), the calibration text.
         """
         config = planned.source.config
-        self.scalings: dict[str, Scaling] = {}
+        self._scalings = scalings
         self._planned, self._ids = planned, ids
         self._pending = {tensor.key: tensor for tensor in planned.tensors if tensor.name not in finished}
         self._source = LayerStream(config, WeightReader(planned.sources, None))
         self._result = LayerStream(config, written)
         self._folds = needs_fold(planned.dtype, config.hidden_act)
 
-    def convert_tensors(self) -> Iterator[Converted]:
+    def convert_tensors(self) -> Generator[Converted]:
         """Converts all tensors that are not finished; each must be written before the next is asked for."""
         source, result = self._source, self._result
         embedding = f"{source.prefix}embed_tokens"
         is_tied = source.has_head and source.head == embedding
         if f"{embedding}.weight" in self._pending:
-            moments = self._find_final_moments() if is_tied else None
-            yield from self._convert_rows(embedding, moments)
+            yield from self._convert_rows(embedding, self._find_final_moments() if is_tied else None)
         pair = _Pair(source.embed(self._ids), result.embed(self._ids))
         for index in range(source.config.num_hidden_layers):
             yield from self._convert_layer(index, pair)
@@ -103,7 +101,7 @@ class Calibration:
     def _convert_layer(self, index: int, pair: _Pair) -> Iterator[Converted]:
         """Converts what is pending of a layer and moves both streams behind it."""
         path, source, result = f"{self._source.prefix}layers.{index}", self._source, self._result
-        if not self._folds and not any(key.startswith(f"{path}.") for key in self._pending):
+        if not any(key.startswith(f"{path}.") for key in self._pending):
             with source.layer(index) as layer:
                 pair.wanted = source.run(layer, pair.wanted)
             with result.layer(index) as layer:
@@ -145,7 +143,7 @@ class Calibration:
                 lambda h: h + own.self_attn.o_proj(_attend(own, h, rotation)),
             )
 
-            moments, cross, use = _Moments(), _Moments(), _NeuronUse()
+            moments, cross, use = _Moments(), _Moments(), NeuronUse()
             for wanted, given in pair.parts():
                 wanted, given = layer.post_attention_layernorm(wanted), own.post_attention_layernorm(given)
                 moments.add(given, given)
@@ -158,7 +156,7 @@ class Calibration:
             rounded.read("mlp.up_proj.weight")
 
             moments, shift = _Moments(), _Moments()
-            scaling = self.scalings.get(f"{path}.mlp.down_proj.weight", Scaling())
+            scaling = self._scalings.get(f"{path}.mlp.down_proj.weight", Scaling())
             scaled = scaling.apply(mlp.down_proj.weight)
             for wanted, given in pair.parts():
                 neurons = mlp.act_fn(mlp.up_proj(layer.post_attention_layernorm(wanted)))
@@ -198,7 +196,7 @@ class Calibration:
             weight: Floats = np.array(self._source.weights.matrix(f"{path}.{name}"), dtype=mean.dtype)
             if cross is not None:
                 weight = correct_weight(weight, weight @ cross.mean(), mean)
-            scaling = self.scalings.get(key)
+            scaling = self._scalings.get(key)
             if scaling is not None:
                 weight = np.array(scaling.apply(mx.array(weight.astype(np.float32))), dtype=mean.dtype)
             if shift is not None:
@@ -229,13 +227,24 @@ class Calibration:
 
     def _convert_plainly(self, key: str) -> Iterator[Converted]:
         if key in self._pending:
-            yield from convert_slices([self._pending[key]], self.scalings)
+            yield from convert_slices([self._pending[key]], self._scalings)
 
-    def _scale_neurons(self, path: str, layer: DecoderLayer, use: _NeuronUse) -> None:
+    def _scale_neurons(self, path: str, layer: DecoderLayer, use: NeuronUse) -> None:
         """Decides what the layer's neurons are scaled by, before their matrices are rounded."""
+        if self._planned.source.config.hidden_act != "relu2":
+            return
+        down = find_down(path, self._planned.tensors)
+        has_bias = "bias" in layer.mlp.up_proj
+        factors = np.ones(layer.mlp.down_proj.weight.shape[1])
+        if down.quantization is not None and not down.by_neuron:
+            weight = np.array(layer.mlp.down_proj.weight)
+            factors = choose_factors(weight, use, down.quantization, DTYPES[down.dtype][0]) ** -0.5
         if self._folds:
-            maxima = HEADROOM * use.maxima()
-            self.scalings |= layer_scalings(path, maxima, self._planned.tensors, has_bias="bias" in layer.mlp.up_proj)
+            folded = layer_scalings(path, HEADROOM * use.maxima * factors, self._planned.tensors, has_bias=has_bias)
+            if folded:
+                factors = factors * np.array(folded[f"{path}.mlp.up_proj.weight"].rows)
+        if (factors != 1).any():
+            self._scalings |= scale_neurons(path, factors, has_bias=has_bias)
 
     def _find_final_moments(self) -> Floats:
         """Of the float model's final hidden states, with a share for the other use of a tied matrix."""
@@ -293,24 +302,8 @@ class _Moments:
         """(m, n)."""
         assert self._sum is not None
         dtype = np.float64 if self._sum.shape[1] <= _MOST_FLOAT64_INPUTS else np.float32
-        return np.array(self._sum, dtype=dtype) / self._tokens
-
-
-class _NeuronUse:
-    """The most each neuron's input was."""
-
-    def __init__(self) -> None:
-        self._maxima: mx.array | None = None
-
-    def add(self, inputs: mx.array, act_fn: Callable[[mx.array], mx.array]) -> None:
-        """Adds tokens: what goes into the activation, (..., F)."""
-        most = inputs.reshape(-1, inputs.shape[-1]).max(axis=0)
-        self._maxima = most if self._maxima is None else mx.maximum(self._maxima, most)
-        mx.eval(self._maxima)
-
-    def maxima(self) -> np.ndarray:
-        """float64 (F,)."""
-        return np.array(self._maxima, dtype=np.float64)
+        mean: Floats = np.array(self._sum, dtype=dtype) / self._tokens
+        return mean
 
 
 class _Rounded:
@@ -320,7 +313,7 @@ class _Rounded:
         self._weights, self._path = result.weights, path
         with upstream.keep_random_state():
             self.layer = DecoderLayer(result.config)
-        self._names = {name for name, _ in tree_flatten(self.layer.parameters())}
+        self._names = set(dict(tree_flatten(self.layer.parameters())))
 
     def read(self, name: str) -> None:
         """Reads a parameter, such as "self_attn.q_proj.weight"; one that this model does not have is passed over."""
@@ -337,7 +330,8 @@ class _Rounded:
 def _attend(layer: DecoderLayer, h: mx.array, rotation: Rotation) -> mx.array:
     """What o_proj of a layer reads, (B, L, H * D)."""
     attention = layer.self_attn
-    o_proj, attention.o_proj = attention.o_proj, nn.Identity()
+    o_proj: nn.Linear = attention.o_proj
+    attention.update_modules({"o_proj": nn.Identity()})
     try:
         return attention(layer.input_layernorm(h), rotation, CAUSAL, None)[0]
     finally:

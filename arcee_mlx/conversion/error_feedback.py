@@ -144,9 +144,9 @@ def correct_weight(weight: Floats, shift: Floats, moments: Floats) -> Floats:
     return weight + solved.T
 
 
-def round_to_nearest(weight: Floats, form: Quantization, dtype: mx.Dtype) -> Rounded:
-    """Rounds rows by themselves, each group in the range of the least squared error; arguments as in ErrorFeedback."""
-    scales, biases = choose_grid(weight, form, dtype)
+def round_to_nearest(weight: Floats, form: Quantization, dtype: mx.Dtype, importance: Floats | None = None) -> Rounded:
+    """Rounds rows by themselves, each group in the range of the least squared error; arguments as of `choose_grid`."""
+    scales, biases = choose_grid(weight, form, dtype, importance)
     scale, bias = (np.repeat(values, form.group_size, axis=1) for values in (scales, biases))
     codes = _nearest_codes(weight, scale, bias, form.bits)
     return Rounded(codes, scales, biases, codes * scale + bias)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
@@ -126,11 +126,13 @@ def _write_weights(
     pending = [tensor for tensor in plan if tensor.name not in work.finished]
     total_bytes = sum(tensor.source.nbytes for tensor in plan)
     done_bytes = total_bytes - sum(tensor.source.nbytes for tensor in pending)
+    facts = {tensor.key: work.finished.get(tensor.name) for tensor in plan}
+    scalings = {key: Scaling.from_dict(own) for key, own in facts.items() if own}
     with _open_shards(work, plan) as (writers, sync):
         if sample is None:
             reporter.begin("convert", total_bytes, done_bytes)
-            folds = needs_fold(planned.dtype, planned.source.config.hidden_act)
-            scalings = bound_scalings(planned.sources, plan) if folds else {}
+            if needs_fold(planned.dtype, planned.source.config.hidden_act):
+                scalings |= bound_scalings(planned.sources, plan)
             converted = convert_slices(pending, scalings, allow_nonfinite=allow_nonfinite)
         else:
             reporter.begin("calibrate", total_bytes, done_bytes)
@@ -138,8 +140,8 @@ def _write_weights(
                 name: entry for path in work.model.glob("*.safetensors") for name, entry in read_header(path).items()
             }
             written = WeightReader(entries, quantization_table(plan))
-            calibration = Calibration(planned, written, {t.name for t in plan} & work.finished.keys(), sample.ids)
-            scalings, converted = calibration.scalings, calibration.convert_tensors()
+            done = {tensor.name for tensor in plan} & work.finished.keys()
+            converted = Calibration(planned, written, done, scalings, sample.ids).convert_tensors()
         try:
             with closing(converted):
                 for tensor, arrays in converted:
@@ -147,7 +149,8 @@ def _write_weights(
                     for name, rows in zip(tensor.outputs, arrays, strict=True):
                         writer.write(name, rows)
                     if all(writer.is_complete(name) for name in tensor.outputs):
-                        work.finish(tensor.name, {}, sync)
+                        scaling = scalings.get(tensor.key)
+                        work.finish(tensor.name, scaling.to_dict() if scaling else {}, sync)
                     reporter.advance(tensor.key, arrays[0].shape[0] * tensor.source.nbytes // tensor.shape[0])
         except BaseException as error:
             if can_be_resumed(error):
@@ -160,7 +163,9 @@ def _write_weights(
 
 
 @contextmanager
-def _open_shards(work: WorkFolder, plan: Iterable[PlannedTensor]) -> Iterator[tuple[dict[str, TensorWriter], Any]]:
+def _open_shards(
+    work: WorkFolder, plan: Iterable[PlannedTensor]
+) -> Iterator[tuple[dict[str, TensorWriter], Callable[[], None]]]:
     """Opens the files of a plan to be written in any order.
 
     Yields:
@@ -177,7 +182,12 @@ def _open_shards(work: WorkFolder, plan: Iterable[PlannedTensor]) -> Iterator[tu
             writer = TensorWriter(work.model / file, outputs, finished)
             writers |= dict.fromkeys(names, writer)
         distinct = list(dict.fromkeys(writers.values()))
-        yield writers, lambda: [writer.sync() for writer in distinct]
+
+        def sync() -> None:
+            for writer in distinct:
+                writer.sync()
+
+        yield writers, sync
         for writer in distinct:
             writer.close()
     finally:
