@@ -41,7 +41,7 @@ def describe_plan(planned: ConversionPlan, *, fold_layers: bool = False) -> str:
     if fold_layers:
         rows = _fold(rows)
     texts = [("tensor", "shape", "form", "MB")]
-    texts += [(row.name, " x ".join(map(str, row.shape)), row.form, f"{row.nbytes / 1e6:.2f}") for row in rows]
+    texts += [(row.name, " x ".join(map(str, row.shape)), row.form, f"{row.nbytes / 1e6:,.3f}") for row in rows]
     widths = [max(len(text[i]) for text in texts) for i in range(4)]
     lines = [
         f"{name:<{widths[0]}}  {shape:>{widths[1]}}  {form:<{widths[2]}}  {size:>{widths[3]}}"
