@@ -194,6 +194,10 @@ class TensorWriter:
             position += count
             data = data[count:]
 
+    def is_complete(self, name: str) -> bool:
+        """Whether all rows of a tensor are written."""
+        return self._written[name] == self._sizes[name]
+
     def sync(self) -> None:
         """Makes what was written lasting."""
         sync_file(self._file.fileno())
@@ -201,7 +205,7 @@ class TensorWriter:
     def close(self) -> None:
         """Syncs the file; raises CheckpointError if a tensor is not complete."""
         for name, size in self._sizes.items():
-            if self._written[name] != size:
+            if not self.is_complete(name):
                 raise CheckpointError(f"{self._path}: {name!r} has {self._written[name]} bytes; expected {size}")
         self.sync()
         self._file.close()

@@ -22,7 +22,7 @@ DTYPES: dict[str, tuple[mx.Dtype, str]] = {
     "U32": (mx.uint32, "<u4"),
     "U8": (mx.uint8, "u1"),
 }
-_MAX_DIMENSION = 2**31 - 1  # of an MLX array
+_MAX_DIMENSIONS, _MAX_LENGTH = 8, 2**31 - 1  # the second is an MLX array's own
 FLOATS = ("F32", "F16", "BF16")
 
 
@@ -73,9 +73,13 @@ def read_table(path: Path, table: Mapping[str, Any], data_start: int, size: int)
     Raises:
         CheckpointError: the table is damaged or does not cover the file, or a dtype is not supported.
     """
-    metadata = table.get("__metadata__")
-    if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
+    metadata = {} if table.get("__metadata__") is None else table["__metadata__"]
+    if not (isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())):
         raise CheckpointError(f"{path}: its __metadata__ is damaged; expected names and texts; download it again")
+    try:
+        "".join([*table, *metadata, *metadata.values()]).encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"{path}: its header is damaged ({error}); download it again") from None
     entries = [_read_entry(path, name, value, data_start) for name, value in table.items() if name != "__metadata__"]
     expected = data_start
     for entry in sorted(entries, key=lambda entry: (entry.start, entry.end)):
@@ -92,7 +96,8 @@ def read_table(path: Path, table: Mapping[str, Any], data_start: int, size: int)
 def _read_entry(path: Path, name: str, value: Any, data_start: int) -> TensorEntry:
     try:
         dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-        whole = isinstance(dtype, str) and all(isinstance(part, list | tuple) for part in (shape, offsets))
+        whole = len(value) == 3 and isinstance(dtype, str)
+        whole = whole and all(isinstance(part, list | tuple) for part in (shape, offsets))
         # A boolean is an integer to Python, and no reader's shape or offset.
         whole = whole and all(type(n) is int and n >= 0 for n in (*shape, *offsets))
         whole = whole and len(offsets) == 2 and offsets[0] <= offsets[1]
@@ -100,8 +105,11 @@ def _read_entry(path: Path, name: str, value: Any, data_start: int) -> TensorEnt
         whole = False
     if not whole:
         raise CheckpointError(f"{path}: its entry for {name!r} is damaged; download the file again")
-    if any(n > _MAX_DIMENSION for n in shape):
-        raise CheckpointError(f"{path}: {name!r} has shape {shape}; expected at most {_MAX_DIMENSION} a dimension")
+    if len(shape) > _MAX_DIMENSIONS or any(n > _MAX_LENGTH for n in shape):
+        raise CheckpointError(
+            f"{path}: {name!r} has shape {str(shape)[:100]}; expected at most {_MAX_DIMENSIONS} dimensions, each of at most "
+            f"{_MAX_LENGTH}; download it again"
+        )
     start, end = offsets
     if dtype in DTYPES:
         needed = math.prod(shape) * DTYPES[dtype][0].size

@@ -92,5 +92,12 @@ def check_file(path: Path, folder: Path) -> None:
 
 
 def _is_blob(path: Path) -> bool:
-    """Whether a file is one of a hub cache: models--org--name/blobs/HASH, beside the snapshots that link to it."""
-    return path.parent.name == "blobs" and (path.parent.parent / "snapshots").is_dir()
+    """Whether a file is one of a hub cache.
+
+    Snapshots link to models--org--name/blobs/HASH beside them, which may itself be a link to blobs/HA/HASH that all
+    models of the cache share (huggingface_hub 2, `utils/_shared_blobs.py`).
+    """
+    own, shared = path.parent, path.parent.parent
+    return (own.name == "blobs" and (own.parent / "snapshots").is_dir()) or (
+        shared.name == "blobs" and (shared / ".huggingface-shared-blobs").is_file()
+    )

@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from ..checkpoint.quantization import MODES, Quantization
 from ..errors import InputError
 from ..model.config import DTYPES, LAYOUTS
 from .dry_run import describe_plan, plan_to_dict
+from .prepare import check_space, plan_conversion
+from .progress import Bar, JsonLines, Quiet
 from .recipes import BITS, GROUP_SIZES, Recipe, list_recipes, override
 from .report import summarize
-from .run import check_space, convert, plan_conversion
+from .run import convert
+from .work_folder import measure_disk
 
 DESCRIPTION = "Convert a Hugging Face checkpoint of Arcee's dense decoder to MLX, by default to 4 bits in groups of 64."
 _REFUSED = {
@@ -31,8 +35,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_recipe_arguments(parser)
     parser.add_argument("--force", action="store_true", help="replace the converted model that is at --mlx-path")
     parser.add_argument("--dry-run", action="store_true", help="print what would be written, and write nothing")
+    parser.add_argument(
+        "--allow-nonfinite", action="store_true", help="keep weights that are Inf or NaN, which are refused otherwise"
+    )
     parser.add_argument("--fold-layers", action="store_true", help="with --dry-run: show equal layers as one")
-    parser.add_argument("--json", action="store_true", help="with --dry-run: print the plan as JSON")
+    says = parser.add_mutually_exclusive_group()
+    says.add_argument("--quiet", action="store_true", help="print nothing but the new folder, and errors")
+    says.add_argument(
+        "--json", action="store_true", help="print the result, or the plan, as a JSON object, and progress as JSON lines on "
+        "standard error",
+    )  # fmt: skip
     for names, advice in _REFUSED.items():
         parser.add_argument(*names, action=_Refuse, nargs="*", help=argparse.SUPPRESS, advice=advice)
 
@@ -47,22 +59,51 @@ def run(arguments: argparse.Namespace) -> int:
         ArceeError: as `convert`.
     """
     recipe = choose_recipe(arguments)
-    for option, given in (("--fold-layers", arguments.fold_layers), ("--json", arguments.json)):
-        if given and not arguments.dry_run:
-            raise InputError(f"{option} came without --dry-run; expected both; add --dry-run, or leave it out")
-    paths = (arguments.hf_path, arguments.mlx_path)
-    options = {"revision": arguments.revision, "overwrite": arguments.force, "progress": True}
+    if arguments.fold_layers and not arguments.dry_run:
+        raise InputError("--fold-layers came without --dry-run; expected both; add --dry-run, or leave it out")
+    reporter = Quiet() if arguments.quiet else JsonLines() if arguments.json else Bar()
     if arguments.dry_run:
-        planned = plan_conversion(*paths, recipe, **options)
-        if arguments.json:
-            print(json.dumps(plan_to_dict(planned), indent=2, ensure_ascii=False))
-        else:
-            print(describe_plan(planned, fold_layers=arguments.fold_layers))
-        check_space(planned)
+        return _show_plan(arguments, recipe, reporter)
+    try:
+        conversion = convert(
+            arguments.hf_path,
+            arguments.mlx_path,
+            recipe,
+            revision=arguments.revision,
+            overwrite=arguments.force,
+            allow_nonfinite=arguments.allow_nonfinite,
+            reporter=reporter,
+        )
+    except KeyboardInterrupt:
+        if kept_bytes := measure_disk(Path(arguments.mlx_path).expanduser().absolute()):
+            print(
+                f"stopped; {kept_bytes / 1e6:,.0f} MB are kept, and the same command goes on from there",
+                file=sys.stderr,
+            )
+        raise
+    if arguments.json:
+        print(json.dumps(conversion.to_dict(), indent=2, ensure_ascii=False))
         return 0
-    conversion = convert(*paths, recipe, **options)
-    print(summarize(conversion), file=sys.stderr)
+    if not arguments.quiet:
+        print(summarize(conversion), file=sys.stderr)
     print(conversion.folder)
+    return 0
+
+
+def _show_plan(arguments: argparse.Namespace, recipe: Recipe, reporter: Quiet) -> int:
+    planned = plan_conversion(
+        arguments.hf_path,
+        arguments.mlx_path,
+        recipe,
+        revision=arguments.revision,
+        overwrite=arguments.force,
+        shows_downloads=reporter.shows_downloads,
+    )
+    if arguments.json:
+        print(json.dumps(plan_to_dict(planned), indent=2, ensure_ascii=False))
+    else:
+        print(describe_plan(planned, fold_layers=arguments.fold_layers))
+    check_space(planned)
     return 0
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .plan import PlannedTensor, find_idle_rules, find_undivided, quantization_table
+from .prepare import ConversionPlan
 from .quantize import SLICE_BYTES
 from .recipes import Recipe, recipe_to_dict
-from .run import ConversionPlan
 
 # Interpreter, MLX and this package: measured, on Linux.
 _BASE_BYTES = 60_000_000

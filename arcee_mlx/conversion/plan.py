@@ -25,6 +25,7 @@ class PlannedTensor:
     """One tensor of the source and what is written for it.
 
     Attributes:
+        key: the model's, in the standard layout.
         source: where its values are.
         dtype: safetensors' name of the float dtype it is cast to, before it is quantized.
         quantization: None where it stays a float.
@@ -34,6 +35,7 @@ class PlannedTensor:
         rule: index of the recipe's rule that decided; None where the default did.
     """
 
+    key: str
     source: TensorEntry
     dtype: str
     quantization: Quantization | None
@@ -90,7 +92,7 @@ def plan_tensors(
     for key, source in sorted(sources.items(), key=lambda item: (item[1].file, item[1].start)):
         path, _, parameter = key.rpartition(".")
         if parameter != "weight" or path not in layers:
-            plan.append(PlannedTensor(source, target, None, {key: (target, source.shape)}))
+            plan.append(PlannedTensor(key, source, target, None, {key: (target, source.shape)}))
             continue
         rule, form = recipe.choose(_causal_path(path), num_layers)
         by_neuron = recipe.layout == "by_neuron" and path.endswith(".mlp.down_proj")
@@ -100,7 +102,7 @@ def plan_tensors(
         packed = {"weight": (target, (rows, columns))} if form is None else form.pack(rows, columns, target)
         names = {"weight": "weight_by_neuron"} if by_neuron else {}
         outputs = {f"{path}.{names.get(parameter, parameter)}": spec for parameter, spec in packed.items()}
-        plan.append(PlannedTensor(source, target, form, outputs, by_neuron, path, rule))
+        plan.append(PlannedTensor(key, source, target, form, outputs, by_neuron, path, rule))
     return plan
 
 

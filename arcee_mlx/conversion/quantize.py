@@ -6,45 +6,65 @@ Groups never cross rows, so a slice gives exactly the bits that the whole matrix
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import mlx.core as mx
 import numpy as np
 
-from ..checkpoint.files import DTYPES, read_rows
+from ..checkpoint.files import DTYPES, read_columns, read_rows
 from ..checkpoint.quantization import Quantization
 from ..errors import ConversionError
+from .fold import Scaling
 from .plan import PlannedTensor
 
 SLICE_BYTES = 2**24
 # Two streams keep two cores busy, since MLX quantizes on one CPU thread a stream, while this thread reads and writes.
 _STREAMS = 2
+_FLOAT_DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 
 
-def convert_slices(tensors: Iterable[PlannedTensor]) -> Generator[tuple[PlannedTensor, list[mx.array]]]:
+def convert_slices(
+    tensors: Iterable[PlannedTensor], scalings: Mapping[str, Scaling] | None = None, *, allow_nonfinite: bool = False
+) -> Generator[tuple[PlannedTensor, list[mx.array]]]:
     """Reads tensors in slices of about 16 MB and converts them, at most four slices in memory at a time.
+
+    Args:
+        tensors: what to read and what to make of it.
+        scalings: by the model's key, what tensors are multiplied by before they are cast.
+        allow_nonfinite: let Inf and NaN of the source through. Floats keep them; of a quantized tensor, a group of
+            weights that holds one is not finite as a whole (see `spoil_groups`).
 
     Yields:
         a tensor and, for its next slice of rows, one array for each of its `outputs`; all in order.
 
     Raises:
         CheckpointError: the source cannot be read.
-        ConversionError: it holds Inf or NaN, or a value too large for the dtype it is cast to.
+        ConversionError: it holds Inf or NaN that is not allowed, or a value too large for the dtype it is cast to.
     """
     running: deque[_Slice] = deque()
     for i, (tensor, start, stop) in enumerate(_cut(tensors)):
+        scaling = (scalings or {}).get(tensor.key)
         with mx.stream(_stream(i % _STREAMS)):
-            rows = read_rows(tensor.source, start, stop).astype(DTYPES[tensor.dtype][0])
+            rows = read_slice(tensor, start, stop, scaling).astype(DTYPES[tensor.dtype][0])
             outputs = [rows] if tensor.quantization is None else quantize(rows, tensor.quantization)
         mx.async_eval(rows, outputs)
         running.append(_Slice(tensor, start, stop, rows, outputs))
         del rows, outputs
         if len(running) > _STREAMS:
-            yield _finish(running.popleft())
+            yield _finish(running.popleft(), allow_nonfinite)
     while running:
-        yield _finish(running.popleft())
+        yield _finish(running.popleft(), allow_nonfinite)
+
+
+def read_slice(tensor: PlannedTensor, start: int, stop: int, scaling: Scaling | None = None) -> mx.array:
+    """Reads rows [start, stop) of a tensor as it will be stored, by neuron too, and scales them."""
+    if tensor.by_neuron:
+        rows = read_columns(tensor.source, start, stop)
+        return rows if scaling is None else scaling.transpose().apply(rows, start)
+    rows = read_rows(tensor.source, start, stop)
+    return rows if scaling is None else scaling.apply(rows, start)
 
 
 def quantize(rows: mx.array, quantization: Quantization) -> list[mx.array]:
@@ -55,6 +75,25 @@ def quantize(rows: mx.array, quantization: Quantization) -> list[mx.array]:
     """
     group_size, bits, mode = quantization.group_size, quantization.bits, quantization.mode
     return list(mx.quantize(rows, group_size=group_size, bits=bits, mode=mode))
+
+
+def spoil_groups(rows: mx.array, outputs: Sequence[mx.array]) -> list[mx.array]:
+    """Makes every group of weights that holds Inf or NaN come back without a finite value.
+
+    `mx.quantize` would hide a NaN and give its whole group wrong numbers. A product with the row loses nothing by this:
+    one NaN in it makes it NaN anyway.
+
+    Args:
+        rows: the weights, shape (rows, columns).
+        outputs: what they were quantized to: codes, then scales (and biases), shape (rows, groups).
+
+    Returns:
+        the same codes; where a group is spoilt, NaN for scale and bias, or 0xFF, which is NaN to the 8-bit scales.
+    """
+    codes, *parameters = outputs
+    groups = mx.isfinite(rows).reshape(*parameters[0].shape, -1).all(axis=-1)
+    marks = [mx.array(0xFF if p.dtype == mx.uint8 else float("nan"), p.dtype) for p in parameters]
+    return [codes, *(mx.where(groups, p, mark) for p, mark in zip(parameters, marks, strict=True))]
 
 
 def has_non_finite(values: mx.array) -> bool:
@@ -87,27 +126,59 @@ class _Slice:
 
 def _cut(tensors: Iterable[PlannedTensor]) -> Iterator[tuple[PlannedTensor, int, int]]:
     for tensor in tensors:
-        count = tensor.source.shape[0]
+        count = tensor.shape[0]
         step = max(1, SLICE_BYTES * count // max(tensor.source.nbytes, 1))
         for start in range(0, count, step):
             yield tensor, start, min(start + step, count)
 
 
-def _finish(piece: _Slice) -> tuple[PlannedTensor, list[mx.array]]:
+def _finish(piece: _Slice, allow_nonfinite: bool) -> tuple[PlannedTensor, list[mx.array]]:
     """Waits for a slice and checks it."""
-    if has_non_finite(piece.rows):
-        source = piece.tensor.source
-        where = f"{source.file}: {source.name!r} holds {{}} in rows {piece.start} to {piece.stop - 1}"
-        if has_non_finite(read_rows(source, piece.start, piece.stop)):
-            raise ConversionError(
-                f"{where.format('Inf or NaN')}; expected finite weights; download the file again, or ask its maker"
-            )
-        dtype = str(piece.rows.dtype).removeprefix("mlx.core.")
+    tensor, rows, outputs = piece.tensor, piece.rows, piece.outputs
+    if has_non_finite(rows):
+        _refuse_non_finite(piece, allow_nonfinite)
+        return tensor, outputs if tensor.quantization is None else spoil_groups(rows, outputs)
+    if tensor.quantization is not None and any(has_non_finite(p) for p in outputs[1:] if p.dtype in _FLOAT_DTYPES):
         raise ConversionError(
-            f"{where.format('a value too large for ' + dtype)}; expected at most {mx.finfo(piece.rows.dtype).max:g}; "
-            f"convert to bfloat16 or float32 instead"
+            f"{tensor.source.file}: {tensor.source.name!r} holds weights in rows {piece.start} to {piece.stop - 1} that "
+            f"are too far apart to share a scale in {_name(rows.dtype)}; expected ordinary weights; keep this model's "
+            f"weights floats"
         )
-    return piece.tensor, piece.outputs
+    return tensor, outputs
+
+
+def _refuse_non_finite(piece: _Slice, allow_nonfinite: bool) -> None:
+    """Raises ConversionError for values that are not finite, unless the source has them and they are allowed."""
+    source, dtype = piece.tensor.source, piece.rows.dtype
+    lost, lost_before = (
+        _find_non_finite(piece.rows),
+        _find_non_finite(read_slice(piece.tensor, piece.start, piece.stop)),
+    )
+    if lost_before.any() and not allow_nonfinite:
+        raise ConversionError(
+            f"{source.file}: {source.name!r} holds Inf or NaN in {_name_rows(lost_before, piece.start)}; expected finite "
+            f"weights; download the file again, ask its maker, or allow non-finite weights"
+        )
+    if (too_large := lost & ~lost_before).any():
+        raise ConversionError(
+            f"{source.file}: {source.name!r} holds a value too large for {_name(dtype)} in "
+            f"{_name_rows(too_large, piece.start)}; expected at most {mx.finfo(dtype).max:g}; convert to bfloat16 or "
+            f"float32 instead"
+        )
+
+
+def _find_non_finite(values: mx.array) -> np.ndarray:
+    return ~np.array(mx.isfinite(values))
+
+
+def _name_rows(found: np.ndarray, start: int) -> str:
+    """Rows of a tensor, in words: from the first to the last of a slice in which something was found."""
+    rows = np.flatnonzero(found.reshape(len(found), -1).any(axis=1)) + start
+    return f"rows {rows[0]} to {rows[-1]}"
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")
 
 
 @cache

@@ -134,16 +134,13 @@ def _read_metadata(card: Path) -> dict[str, Any]:
         values = metadata_load(card) or {}
     except Exception:  # what a damaged header raises is the YAML library's own; a card stops no conversion
         return {}
-    texts = {key: values.get(key) for key in _KEPT_METADATA}  # YAML has dates and nested lists besides
+    kept = {key: values[key] for key in _KEPT_METADATA if key in values}
+    # YAML has dates and nested lists too, which are no licence and no language.
     return {
-        key: text
-        for key, text in texts.items()
-        if _is_text(text) or isinstance(text, list) and all(map(_is_text, text))
+        key: value
+        for key, value in kept.items()
+        if all(isinstance(text, str) for text in (value if isinstance(value, list) else [value]))
     }
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
 
 
 def _gigabytes(nbytes: int) -> str:

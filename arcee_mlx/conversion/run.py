@@ -1,7 +1,8 @@
 """convert: a Hugging Face checkpoint becomes an MLX checkpoint, in a memory of a few slices of one tensor.
 
-Plan, stream, verify, rename: the plan says what will be written (plan.py), rows are read, converted and written in
-place slice by slice (quantize.py), the result is read back (report.py), and only then does it get its name.
+Plan, stream, check, rename: the plan says what will be written (prepare.py), rows are read, converted and written in
+place (quantize.py) into a folder that the next run goes on with if this one is cut off (work_folder.py), the result is
+read back (report.py), and only then does it get its name.
 """
 
 from __future__ import annotations
@@ -9,41 +10,26 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from ..checkpoint.files import (
-    TensorEntry,
-    TensorWriter,
-    check_target,
-    new_folder,
-    plan_shards,
-    write_index,
-    write_json,
-)
-from ..checkpoint.hub import resolve_folder
-from ..checkpoint.links import check_links, find_files
-from ..checkpoint.loading import OpenedModel, open_model
-from ..errors import ConversionError, InputError
-from ..model.config import ArceeConfig, read_json
-from ..model.decoder import ArceeForCausalLM
-from .plan import PlannedTensor, describe_form, find_undivided, plan_tensors, quantization_table
+from ..checkpoint.files import TensorWriter, plan_shards, sync_file, write_index, write_json
+from ..errors import ConversionError
+from .fold import bound_scalings, needs_fold
+from .hashes import FileHasher
+from .plan import PlannedTensor
+from .prepare import ConversionPlan, check_space, convert_config, plan_conversion
+from .progress import Quiet
 from .quantize import convert_slices
 from .recipes import Recipe
 from .report import Conversion, verify, write_card
+from .work_folder import WorkFolder, can_be_resumed, open_work_folder
 
-# Copied byte for byte. README.md is not among them: the conversion has a card of its own.
-_CARRIED = (
-    "generation_config.json", "tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.*", "additional_chat_templates/*.jinja", "LICENSE*", "LICENCE*", "NOTICE*",
-)  # fmt: skip
-_SPARE_BYTES = 2**24  # for headers, index, config and card
-_DTYPE_WORDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_FORMAT = 1  # of what a work folder holds; another number starts a conversion anew
 
 
 def convert(
@@ -53,9 +39,13 @@ def convert(
     *,
     revision: str | None = None,
     overwrite: bool = False,
-    progress: bool = False,
+    allow_nonfinite: bool = False,
+    reporter: Quiet = Quiet(),  # noqa: B008 - says nothing and keeps nothing
 ) -> Conversion:
-    """Converts a checkpoint. The new folder appears when it is complete and verified; a failure leaves nothing.
+    """Converts a checkpoint. The new folder appears when it is complete and checked.
+
+    What a full disk, an unreadable source, Ctrl-C or a kill cuts off stays in a hidden folder beside it, and the same
+    call goes on there. Any other failure leaves nothing.
 
     Args:
         hf_path: a folder with a float checkpoint of Hugging Face's form, or a hub id such as "arcee-ai/AFM-4.5B".
@@ -63,188 +53,113 @@ def convert(
         recipe: what to make of the weights; by default 4 bits in groups of 64.
         revision: branch, tag or commit of a hub id.
         overwrite: replace the checkpoint that is at `mlx_path`, once the new one is complete.
-        progress: show a bar on standard error, if that is a terminal.
+        allow_nonfinite: keep weights that are Inf or NaN instead of refusing them; see `convert_slices`.
+        reporter: is told how far it is; see progress.py.
 
     Raises:
         InputError: `mlx_path` exists, or an argument is out of range.
-        ConversionError: there is nothing to convert, too little disk space, or it failed on the way.
+        ConversionError: there is nothing to convert, too little disk space, another conversion is at it, or it failed
+            on the way.
         ConfigError, CheckpointError, HubError: the source cannot be used; see `load_model`.
     """
-    planned = plan_conversion(hf_path, mlx_path, recipe, revision=revision, overwrite=overwrite, progress=progress)
+    planned = plan_conversion(
+        hf_path, mlx_path, recipe, revision=revision, overwrite=overwrite, shows_downloads=reporter.shows_downloads
+    )
     check_space(planned)
-    if any(tensor.by_neuron for tensor in planned.tensors):
-        raise ConversionError(
-            "layout by_neuron cannot be written yet; expected standard; convert with --layout standard"
-        )
     started = time.perf_counter()
     conversion = planned.conversion
+    identity = _identify(planned, allow_nonfinite=allow_nonfinite)
     try:
-        with new_folder(planned.target, overwrite=overwrite) as partial:
-            _write_weights(partial, planned.tensors, progress=progress)
-            _copy_files(planned.folder, partial, conversion.carried_files)
-            write_json(partial / "config.json", _convert_config(planned))
-            write_card(partial, conversion, planned.folder, hub_id=planned.hub_id)
-            verify(partial, planned.tensors)
+        with open_work_folder(planned.target, identity, overwrite=overwrite) as work, FileHasher() as hasher:
+            hasher.add(planned.source.checkpoint.files)
+            _write_weights(work, planned, allow_nonfinite=allow_nonfinite, reporter=reporter)
+            _copy_files(planned.folder, work.model, conversion.carried_files)
+            write_json(work.model / "config.json", convert_config(planned))
+            write_card(work.model, conversion, planned.folder, hub_id=planned.hub_id)
+            verify(work.model, planned.tensors)
+            work.publish()
     except OSError as error:
         raise ConversionError(
             f"{planned.target}: cannot be written ({error.strerror or error}); expected room for "
-            f"{planned.needed_bytes / 1e9:.2f} GB and the right to write; nothing was kept, free some space or name "
-            f"another folder, and convert again"
+            f"{planned.needed_bytes / 1e9:.2f} GB and the right to write; what was done is kept, so free some space and "
+            f"run the same command again, or name another folder"
         ) from error
+    finally:
+        reporter.end()
     return replace(conversion, seconds=time.perf_counter() - started)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ConversionPlan:
-    """What a conversion will do, known before a weight is read or a byte is written.
+def _identify(planned: ConversionPlan, **options: Any) -> dict[str, Any]:
+    """All that decides the result's bytes: where it differs, unfinished work cannot be gone on with."""
+    files = {path.name: path.stat() for path in planned.source.checkpoint.files}
+    return {
+        "format": _FORMAT,
+        "versions": {name: version(name) for name in ("mlx", "numpy")},
+        "source": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in files.items()},
+        "tensors": [[t.key, t.source.name, t.dtype, t.form, list(t.outputs)] for t in planned.tensors],
+        "options": options,
+    }
 
-    Attributes:
-        folder: of the source, on this machine.
-        hub_id: it was asked for by; None for a folder.
-        target: the new folder.
-        source: the checked source.
-        recipe: what to make of it.
-        dtype: of what is not quantized: "float32", "float16" or "bfloat16".
-        tensors: in the order in which they lie in the source's files.
-        conversion: the result to come; it has taken no time yet.
-        needed_bytes: of disk space, for all that will be written.
-        free_bytes: of disk space, where the new folder is to be.
+
+def _write_weights(work: WorkFolder, planned: ConversionPlan, *, allow_nonfinite: bool, reporter: Quiet) -> None:
+    plan = planned.tensors
+    pending = [tensor for tensor in plan if tensor.name not in work.finished]
+    total_bytes = sum(tensor.source.nbytes for tensor in plan)
+    scalings = {}
+    if needs_fold(planned.dtype, planned.source.config.hidden_act):
+        scalings = bound_scalings(planned.sources, plan)
+    with _open_shards(work, plan) as (writers, sync):
+        reporter.begin("convert", total_bytes, total_bytes - sum(tensor.source.nbytes for tensor in pending))
+        try:
+            with closing(convert_slices(pending, scalings, allow_nonfinite=allow_nonfinite)) as slices:
+                for tensor, arrays in slices:
+                    writer = writers[tensor.name]
+                    for name, rows in zip(tensor.outputs, arrays, strict=True):
+                        writer.write(name, rows)
+                    if all(writer.is_complete(name) for name in tensor.outputs):
+                        work.finish(tensor.name, {}, sync)
+                    reporter.advance(tensor.key, arrays[0].shape[0] * tensor.source.nbytes // tensor.shape[0])
+        except BaseException as error:
+            if can_be_resumed(error):
+                with suppress(OSError):  # a full disk: what was made lasting before is kept
+                    work.commit(sync)
+            raise
+        work.commit(sync)
+        reporter.end()
+
+
+@contextmanager
+def _open_shards(work: WorkFolder, plan: Iterable[PlannedTensor]) -> Iterator[tuple[dict[str, TensorWriter], Any]]:
+    """Opens the files of a plan to be written in any order.
+
+    Yields:
+        tensor name -> the writer of its file, and a function that makes all that was written lasting. Where the block
+        ends without an error, the files are complete and have their index.
     """
-
-    folder: Path
-    hub_id: str | None
-    target: Path
-    source: OpenedModel
-    recipe: Recipe
-    dtype: str
-    tensors: Sequence[PlannedTensor]
-    conversion: Conversion
-    needed_bytes: int
-    free_bytes: int
-
-
-def plan_conversion(
-    hf_path: str | os.PathLike[str],
-    mlx_path: str | os.PathLike[str] = "mlx_model",
-    recipe: Recipe = Recipe(),  # noqa: B008 - frozen
-    *,
-    revision: str | None = None,
-    overwrite: bool = False,
-    progress: bool = False,
-) -> ConversionPlan:
-    """Plans a conversion; reads no weight and writes nothing, but downloads a hub id.
-
-    Args, Raises: as `convert`; a disk that is too small is no error here.
-    """
-    target = Path(mlx_path).expanduser().absolute()
-    check_target(target, overwrite=overwrite)
-    folder = resolve_folder(hf_path, revision=revision, progress=progress)
-    hub_id = None if folder == Path(hf_path).expanduser() else os.fspath(hf_path)
-    _check_apart(folder, target)
-    check_links(folder)
-    source = _open_source(folder)
-    entries = {key: source.checkpoint.entries[name] for key, name in source.names.items()}
-    dtype = recipe.dtype or _own_dtype(source.config, entries)
-    layers = {path for path, module in source.model.named_modules() if hasattr(module, "to_quantized")}
-    tensors = plan_tensors(entries, layers, recipe, dtype=dtype, num_layers=source.config.num_hidden_layers)
-    carried = find_files(folder, _CARRIED)
-    conversion = Conversion(
-        source=hub_id or folder.resolve().name,
-        folder=target,
-        form=describe_form(tensors),
-        is_quantized=any(t.quantization for t in tensors),
-        dtype=dtype,
-        float_layers=find_undivided(tensors, recipe),
-        carried_files=[str(p.relative_to(folder)) for p in carried],
-        weights=sum(t.weights for t in tensors),
-        source_bytes=sum(t.source.nbytes for t in tensors),
-        bytes=sum(t.nbytes for t in tensors),
-    )
-    return ConversionPlan(
-        folder=folder,
-        hub_id=hub_id,
-        target=target,
-        source=source,
-        recipe=recipe,
-        dtype=dtype,
-        tensors=tensors,
-        conversion=conversion,
-        needed_bytes=conversion.bytes + sum(p.stat().st_size for p in carried) + _SPARE_BYTES,
-        free_bytes=shutil.disk_usage(next(parent for parent in target.parents if parent.exists())).free,
-    )
-
-
-def _open_source(folder: Path) -> OpenedModel:
-    opened = open_model(folder)
-    if opened.config.quantization or any(name.endswith(".scales") for name in opened.names):
-        raise ConversionError(
-            f"{folder}: is quantized for MLX already; expected float weights; load it as it is, or convert the original "
-            f"checkpoint it was made from"
-        )
-    return opened
-
-
-def _own_dtype(config: ArceeConfig, entries: Mapping[str, TensorEntry]) -> str:
-    """What config.json says the checkpoint was saved for, else what its largest tensor has."""
-    largest = max(entries.values(), key=lambda entry: entry.nbytes)
-    return config.dtype or _DTYPE_WORDS[largest.dtype]
-
-
-def _check_apart(source: Path, target: Path) -> None:
-    """The new folder may not take the place of the source, nor of a folder the source is in."""
-    source, target = source.resolve(), target.resolve()
-    if target == source or target in source.parents:
-        raise InputError(f"{target}: is or holds the source {source}; expected another folder for the converted model")
-
-
-def check_space(planned: ConversionPlan) -> None:
-    """Raises ConversionError if the disk is too small for what is planned."""
-    if planned.free_bytes < planned.needed_bytes:
-        raise ConversionError(
-            f"{planned.target}: has {planned.free_bytes / 1e9:.2f} GB free; expected {planned.needed_bytes / 1e9:.2f} GB "
-            f"for the converted model; free some space, or name a folder on another disk"
-        )
-
-
-def _write_weights(folder: Path, plan: Sequence[PlannedTensor], *, progress: bool) -> None:
-    by_name = {t.source.name: t for t in plan}
-    shards = plan_shards({name: t.nbytes for name, t in by_name.items()})  # a layer's codes and scales stay together
-    total_bytes = sum(t.source.nbytes for t in plan)
-    with tqdm(total=total_bytes, unit="B", unit_scale=True, disable=None if progress else True) as bar:
+    by_name = {tensor.name: tensor for tensor in plan}
+    shards = plan_shards({name: tensor.nbytes for name, tensor in by_name.items()})  # codes and scales stay together
+    writers: dict[str, TensorWriter] = {}
+    try:
         for file, names in shards.items():
-            tensors = [by_name[name] for name in names]
-            writer = TensorWriter(folder / file, {name: spec for t in tensors for name, spec in t.outputs.items()})
-            try:
-                with closing(convert_slices(tensors)) as slices:
-                    for tensor, arrays in slices:
-                        for name, rows in zip(tensor.outputs, arrays, strict=True):
-                            writer.write(name, rows)
-                        bar.update(arrays[0].shape[0] * tensor.source.nbytes // tensor.source.shape[0])
-                writer.close()
-            finally:
-                writer.abort()
+            outputs = {name: spec for own in names for name, spec in by_name[own].outputs.items()}
+            finished = [name for own in names if own in work.finished for name in by_name[own].outputs]
+            writer = TensorWriter(work.model / file, outputs, finished)
+            writers |= dict.fromkeys(names, writer)
+        distinct = list(dict.fromkeys(writers.values()))
+        yield writers, lambda: [writer.sync() for writer in distinct]
+        for writer in distinct:
+            writer.close()
+    finally:
+        for writer in writers.values():
+            writer.abort()
     written = {file: [output for name in names for output in by_name[name].outputs] for file, names in shards.items()}
-    write_index(folder, written, sum(t.nbytes for t in plan))
+    write_index(work.model, written, sum(tensor.nbytes for tensor in by_name.values()))
 
 
-def _convert_config(planned: ConversionPlan) -> dict[str, Any]:
-    """The source's own keys, with what the conversion changes: quantization, dtype, and a tie that the file denies."""
-    source = planned.source
-    values = read_json(source.checkpoint.folder / "config.json")
-    for key in {"dtype", "torch_dtype"} & values.keys() or {"torch_dtype"}:
-        values[key] = planned.dtype
-    if isinstance(source.model, ArceeForCausalLM):
-        values["tie_word_embeddings"] = "lm_head" not in source.model
-    if table := quantization_table(planned.tensors):
-        # Twice, as mlx-lm writes it: it reads the first, tools of Hugging Face look for the second.
-        values["quantization"] = values["quantization_config"] = table
-    return values
-
-
-def _copy_files(source: Path, target: Path, names: Sequence[str]) -> None:
+def _copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
     for name in names:
         (target / name).parent.mkdir(exist_ok=True)
         with open(source / name, "rb") as old, open(target / name, "wb") as new:
             shutil.copyfileobj(old, new)
             new.flush()
-            os.fsync(new.fileno())
+            sync_file(new.fileno())

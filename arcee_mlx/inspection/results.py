@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from ..model.config import encode_special_floats
+from ..model.json_file import encode_special_floats
 
 Level = Literal["error", "warning", "note"]
 Topic = Literal["config", "rope", "weights", "tokenizer", "template", "generation", "files"]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from .json_file import decode_special_floats, encode_special_floats, shorten
 from .json_file import read_json as read_json
 
 ACTIVATIONS = (
@@ -192,10 +193,10 @@ class ArceeConfig:
         Raises:
             ConfigError: as the class, and for a key of another decoder that would change the computation.
         """
-        values = _decode_special_floats(dict(values))
+        values = decode_special_floats(dict(values))
         if (model_type := values.get("model_type", "arcee")) != "arcee":
             raise ConfigError(
-                f"{source}: model_type {model_type!r}; expected 'arcee'; this package runs Arcee's dense decoder only, "
+                f"{source}: model_type {shorten(model_type)}; expected 'arcee'; this package runs Arcee's dense decoder only, "
                 f"try mlx-lm for other models"
             )
         _refuse_foreign_keys(values, source)
@@ -245,6 +246,8 @@ class ArceeConfig:
         for name in ("initializer_range", "rms_norm_eps", "attention_dropout"):
             if not _is_number(getattr(self, name)):
                 self._refuse(name, getattr(self, name), "a number")
+        if not 0 < self.rms_norm_eps < math.inf:  # MLX's norm takes no other
+            self._refuse("rms_norm_eps", self.rms_norm_eps, "a number above 0")
         if not isinstance(self.quantization, dict | None):
             self._refuse("quantization", self.quantization, "an object, as mlx-lm writes it")
         for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
@@ -285,7 +288,7 @@ class ArceeConfig:
         return rope
 
     def _refuse(self, name: str, got: Any, want: str) -> None:
-        raise ConfigError(f"{self.source}: {name} is {got!r}; expected {want}; correct it in the config")
+        raise ConfigError(f"{self.source}: {name} is {shorten(got)}; expected {want}; correct it in the config")
 
 
 def read_config(folder: Path) -> ArceeConfig:
@@ -319,7 +322,7 @@ def _read_layout(entry: Any, source: str) -> str:
 def _merge_rope(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(rope, Mapping):
-        raise ConfigError(f"{source}: rope_parameters is {rope!r}; expected an object; correct it in the config")
+        raise ConfigError(f"{source}: rope_parameters is {shorten(rope)}; expected an object; correct it in the config")
     rope = dict(rope)
     rope.setdefault("rope_theta", values.get("rope_theta", 10000.0))
     if values.get("partial_rotary_factor") is not None:
@@ -335,13 +338,13 @@ def _refuse_foreign_keys(values: Mapping[str, Any], source: str) -> None:
     for key, neutral in _NEUTRAL_VALUES.items():
         if key in values and values[key] not in neutral:
             raise ConfigError(
-                f"{source}: {key} is {values[key]!r}; expected it absent or {neutral[-1]!r}: Arcee's decoder has no such "
+                f"{source}: {key} is {shorten(values[key])}; expected it absent or {neutral[-1]!r}: Arcee's decoder has no such "
                 f"step and would compute something else; remove the key if the model was trained without it"
             )
     window, length = values.get("sliding_window"), values.get("max_position_embeddings", 4096)
     if window is not None and not (_is_int(window) and _is_int(length) and window >= length):
         raise ConfigError(
-            f"{source}: sliding_window is {window!r}; expected null: Arcee's attention is full; remove the key if the "
+            f"{source}: sliding_window is {shorten(window)}; expected null: Arcee's attention is full; remove the key if the "
             f"model was trained without a window"
         )
     kinds = values.get("layer_types")
@@ -351,7 +354,7 @@ def _refuse_foreign_keys(values: Mapping[str, Any], source: str) -> None:
     is_mlx = isinstance(foreign, dict) and (foreign.get("quant_method") is None or "quantization" in values)
     if foreign is not None and not is_mlx:
         raise ConfigError(
-            f"{source}: quantization_config is {foreign!r}; expected float weights or MLX quantization; "
+            f"{source}: quantization_config is {shorten(foreign)}; expected float weights or MLX quantization; "
             f"convert the original float checkpoint instead"
         )
 
@@ -363,7 +366,7 @@ def _read_labels(values: Mapping[str, Any], source: str) -> dict[int, str] | Non
             return {int(key): str(value) for key, value in labels.items()}
         except (AttributeError, ValueError) as error:
             raise ConfigError(
-                f"{source}: id2label is {labels!r}; expected an object from class numbers to names; correct it"
+                f"{source}: id2label is {shorten(labels)}; expected an object from class numbers to names; correct it"
             ) from error
     if count is None:
         return None
@@ -382,24 +385,3 @@ def _is_int(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-_SPECIAL_FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
-
-
-def _decode_special_floats(value: Any) -> Any:
-    """Reads transformers 5's `{"__float__": "Infinity"}` objects back as floats."""
-    if isinstance(value, dict):
-        if set(value) == {"__float__"} and value["__float__"] in _SPECIAL_FLOATS:
-            return _SPECIAL_FLOATS[value["__float__"]]
-        return {key: _decode_special_floats(item) for key, item in value.items()}
-    return [_decode_special_floats(item) for item in value] if isinstance(value, list) else value
-
-
-def encode_special_floats(value: Any) -> Any:
-    """Writes infinities and NaN, which JSON does not have, as transformers 5 does."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"__float__": "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
-    if isinstance(value, dict):
-        return {key: encode_special_floats(item) for key, item in value.items()}
-    return [encode_special_floats(item) for item in value] if isinstance(value, list) else value

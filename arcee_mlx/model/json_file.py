@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 from collections import Counter
@@ -13,6 +14,7 @@ from ..errors import CheckpointError
 
 MAX_JSON_BYTES = 100_000_000  # safetensors' own limit of a header; a config has a few kilobytes
 _MAX_DEPTH = 50  # Python's recursion ends at some hundreds, and what is read here is written and walked again
+_SPECIAL_FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
 
@@ -72,6 +74,30 @@ def parse_object(text: bytes) -> Any:
         if (depth := depth + 1) > _MAX_DEPTH:
             raise ValueError("nested too deeply")
     return values
+
+
+def shorten(value: Any) -> str:
+    """A value from a file as an error shows it: whole, or its beginning."""
+    text = repr(value)
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def decode_special_floats(value: Any) -> Any:
+    """Reads transformers 5's `{"__float__": "Infinity"}` objects back as floats."""
+    if isinstance(value, dict):
+        if set(value) == {"__float__"} and (name := str(value["__float__"])) in _SPECIAL_FLOATS:
+            return _SPECIAL_FLOATS[name]
+        return {key: decode_special_floats(item) for key, item in value.items()}
+    return [decode_special_floats(item) for item in value] if isinstance(value, list) else value
+
+
+def encode_special_floats(value: Any) -> Any:
+    """Writes infinities and NaN, which JSON does not have, as transformers 5 does."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"__float__": "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
+    if isinstance(value, dict):
+        return {key: encode_special_floats(item) for key, item in value.items()}
+    return [encode_special_floats(item) for item in value] if isinstance(value, list) else value
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

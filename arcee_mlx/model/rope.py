@@ -16,6 +16,9 @@ import mlx.core as mx
 
 from ..errors import ConfigError
 from .config import ArceeConfig
+from .json_file import shorten
+
+_MAX_ROTATED = 2**20  # far above any head, far below what a table could not be made for
 
 
 class Rotation(NamedTuple):
@@ -42,15 +45,19 @@ class RotaryEmbedding:
         self._cached_length = self.max_position_embeddings
         partial = rope.get("partial_rotary_factor", 1.0) if self.kind != "default" else 1.0
         try:
-            self.dim = self.head_dim if self.kind == "proportional" else int(self.head_dim * partial)
+            rotated = int(self.head_dim * partial)
+            if rotated > _MAX_ROTATED:
+                raise ValueError(f"{rotated:.3g} rotated dimensions a head")
+            self.dim = self.head_dim if self.kind == "proportional" else rotated
             with mx.stream(mx.cpu):  # pow of the GPU backends is not bit-equal to the reference
                 self.base_table = self._table()
                 self.long_table = self._longrope_table(rope["long_factor"]) if self.kind == "longrope" else None
                 tables = [self.base_table] + ([self.long_table] if self.long_table is not None else [])
                 mx.eval(tables)
-        except (ArithmeticError, ValueError) as error:
+        # The last two are MLX's own for numbers that no float32 can hold.
+        except (ArithmeticError, ValueError, TypeError, RuntimeError) as error:
             raise ConfigError(
-                f"{config.source}: rope_parameters {rope!r} give no table ({error}); expected what rope type "
+                f"{config.source}: rope_parameters {shorten(rope)} give no table ({error}); expected what rope type "
                 f"{self.kind!r} can be computed from; correct it in the config"
             ) from error
         self._state = self.base_table

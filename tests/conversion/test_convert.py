@@ -218,12 +218,17 @@ def test_the_files_beside_the_weights_are_carried_along_and_nothing_else(tmp_pat
 
 
 def test_a_file_that_is_a_link_of_the_hubs_cache_arrives_as_a_file(tmp_path):
-    source = write_source(tmp_path / "in")
-    (tmp_path / "blob").write_bytes(b"{}")
-    (source / "tokenizer.json").symlink_to("../blob")
-    convert(source, tmp_path / "out")
-    assert not (tmp_path / "out/tokenizer.json").is_symlink()
+    cache = tmp_path / "hub/models--org--name"
+    source = write_source(cache / "snapshots/0123abc", shards=2)
+    (source / "tokenizer.json").write_bytes(b"{}")
+    (cache / "blobs").mkdir()
+    for i, file in enumerate(sorted(source.iterdir())):
+        file.rename(cache / f"blobs/{i:064x}")
+        file.symlink_to(f"../../blobs/{i:064x}")
+    convert(source, tmp_path / "out", FLOAT)
+    assert not [path for path in (tmp_path / "out").iterdir() if path.is_symlink()]
     assert (tmp_path / "out/tokenizer.json").read_bytes() == b"{}"
+    assert_same_bits(read_weights(tmp_path / "out"), read_weights(source))
 
 
 def test_the_model_card_is_our_own_and_keeps_the_licence(tmp_path):
@@ -240,7 +245,17 @@ def test_the_model_card_is_our_own_and_keeps_the_licence(tmp_path):
     assert "The best model" not in card and str(tmp_path) not in card
 
 
-@pytest.mark.parametrize("text", ["no header", "---\n[unclosed\n---\n", "---\n- a list\n---\n", "\x00"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no header",
+        "---\n[unclosed\n---\n",
+        "---\n- a list\n---\n",
+        "\x00",
+        "---\nlicense: 2020-01-01\n---\n",
+        '---\nlanguage: ["\\ud800"]\nlicense: [[x]]\n---\n',
+    ],
+)
 def test_a_card_that_cannot_be_read_does_not_stop_a_conversion(tmp_path, text):
     source = write_source(tmp_path / "in")
     (source / "README.md").write_text(text)

@@ -164,6 +164,19 @@ def test_a_recipe_is_a_name_or_a_file_under_mlx_lms_option_too(source, tmp_path,
         assert (model.layers[0].self_attn.q_proj.bits, model.layers[0].mlp.up_proj.bits) == (bits, 2)
 
 
+def test_weights_that_are_not_finite_are_kept_only_when_that_is_asked_for(source, tmp_path, capsys):
+    weights = dict(mx.load(str(source / "model.safetensors")))
+    weights["model.norm.weight"][3] = float("nan")
+    mx.save_safetensors(str(source / "model.safetensors"), weights)
+    arguments = ["--hf-path", source, "--mlx-path", tmp_path / "out"]
+    assert run_here(*arguments) == 2
+    assert "'model.norm.weight' holds Inf or NaN in rows 3 to 3" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert run_here(*arguments, "--allow-nonfinite") == 0
+    kept = load_model(tmp_path / "out").model.norm.weight
+    assert mx.isnan(kept).tolist() == [i == 3 for i in range(64)]
+
+
 def test_a_mistake_of_the_users_is_one_line(tmp_path):
     done = run_script("--hf-path", "./nowhere", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)

@@ -71,9 +71,8 @@ def fold_exponents(maxima: np.ndarray, group_size: int = 1) -> np.ndarray:
         group_size: neurons that share an exponent, since they share a scale of a quantized down projection.
 
     Returns:
-        int32 (F,), 0 where nothing can overflow.
+        int32 (F,), 0 where nothing can overflow, and where the maximum is not finite and nothing helps.
     """
-    with np.errstate(divide="ignore"):
-        needed = np.ceil(np.log2(maxima / FLOAT16_LIMIT))
-    exponents = np.maximum(needed, 0).astype(np.int32)
+    needed = np.ceil(np.log2(np.maximum(maxima, FLOAT16_LIMIT) / FLOAT16_LIMIT))
+    exponents = np.where(np.isfinite(needed), needed, 0).astype(np.int32)
     return np.repeat(exponents.reshape(-1, group_size).max(axis=1), group_size)

@@ -1,0 +1,212 @@
+"""Rounding with error feedback (GPTQ): each column's rounding error is made up for by the columns rounded after it.
+
+For inputs x with second moments H, the error that counts is tr((W - Q) H (W - Q)^T). Columns are rounded one at a time,
+the most used first. With H = (I + U) D (I + U)^T, U strictly upper, a column w_k is rounded at
+w_k + sum_{j<k} (w_j - q_j) U_jk, which is what GPTQ's update by the inverse of H comes to, with one factorisation of H
+and no inverse.
+
+Sources: GPTQ, arXiv 2210.17323; its equal by factors of H, QuIP, arXiv 2307.13304 (theorem 6). Everything is numpy on
+the CPU: a Mac's Accelerate and the OpenBLAS in numpy's Linux wheels factor matrices that MLX does not factor on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from ..checkpoint.quantization import Quantization
+
+Floats = NDArray[np.floating]
+# Share of the mean of H's diagonal that is added to it: against directions the calibration text hardly has.
+DAMPING = 0.01
+_BLOCK_COLUMNS = 128
+_CLIPS = np.linspace(1.0, 0.6, 17, dtype=np.float32)
+_ROWS_AT_ONCE_WEIGHTS = 2**22
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A matrix in a packed form, rows in groups along their length.
+
+    Attributes:
+        codes: uint8 (rows, columns).
+        scales, biases: float32 (rows, columns / group_size), exactly representable in the dtype they are stored in.
+        values: float32 (rows, columns): codes * scales + biases.
+    """
+
+    codes: NDArray[np.uint8]
+    scales: Floats
+    biases: Floats
+    values: Floats
+
+    def pack(self, form: Quantization, dtype: mx.Dtype) -> list[mx.array]:
+        """As `mx.quantize` gives it: codes packed in uint32, scales, biases."""
+        return [
+            pack_codes(self.codes, form.bits),
+            mx.array(self.scales).astype(dtype),
+            mx.array(self.biases).astype(dtype),
+        ]
+
+
+def round_by_column(
+    weight: Floats,
+    moments: Floats,
+    form: Quantization,
+    dtype: mx.Dtype,
+    on_columns: Callable[[int], None] | None = None,
+) -> Rounded:
+    """Rounds a weight stored as nn.Linear stores it, groups along the inputs.
+
+    Args:
+        weight: (out, in).
+        moments: (in, in), mean of x x^T over the calibration text.
+        form: affine.
+        dtype: of stored scales and biases.
+        on_columns: told the number of columns done since the last call.
+    """
+    damped = damp(moments, DAMPING)
+    scales, biases = choose_grid(weight, form, dtype, np.diag(damped))
+    columns = np.arange(weight.shape[1]) // form.group_size
+
+    def snap(column: Floats, index: int) -> tuple[NDArray[np.uint8], Floats]:
+        scale, bias = scales[:, columns[index]], biases[:, columns[index]]
+        codes = _nearest_codes(column, scale, bias, form.bits)
+        return codes, codes * scale + bias
+
+    codes, values = _feed_back(weight, damped, snap, on_columns)
+    return Rounded(codes, scales, biases, values)
+
+
+def round_by_row(
+    weight: Floats,
+    moments: Floats,
+    form: Quantization,
+    dtype: mx.Dtype,
+    on_columns: Callable[[int], None] | None = None,
+) -> Rounded:
+    """Rounds a weight that is stored transposed, a row for each input, groups along the outputs; see `round_by_column`.
+
+    An input's scales are chosen when its turn comes, with the errors it has to make up for already in it.
+
+    Args:
+        weight: (out, in), of nn.Linear.
+
+    Returns:
+        the packed form of its transpose: (in, out).
+    """
+    outputs, inputs = weight.shape
+    groups = (inputs, outputs // form.group_size)
+    scales, biases = np.empty(groups, np.float32), np.empty(groups, np.float32)
+
+    def snap(column: Floats, index: int) -> tuple[NDArray[np.uint8], Floats]:
+        row_scales, row_biases = choose_grid(column[None], form, dtype)
+        scales[index], biases[index] = row_scales[0], row_biases[0]
+        scale, bias = (np.repeat(values, form.group_size) for values in (scales[index], biases[index]))
+        codes = _nearest_codes(column, scale, bias, form.bits)
+        return codes, codes * scale + bias
+
+    codes, values = _feed_back(weight, damp(moments, DAMPING), snap, on_columns)
+    return Rounded(np.ascontiguousarray(codes.T), scales, biases, np.ascontiguousarray(values.T))
+
+
+def damp(moments: Floats, share: float) -> Floats:
+    """Adds a share of the mean of the diagonal to it; inputs that are never there get a 1, so that nothing divides by 0."""
+    damped = moments.copy()
+    diagonal = np.diag(damped)
+    mean = float(diagonal.mean())
+    damped[np.diag_indices_from(damped)] = diagonal + (share * mean if mean > 0 else 1.0)
+    return damped
+
+
+def choose_grid(
+    weight: Floats, form: Quantization, dtype: mx.Dtype, importance: Floats | None = None
+) -> tuple[Floats, Floats]:
+    """Chooses each group's scale and bias by trying ranges from all of it to 60 % and taking the least squared error.
+
+    Args:
+        weight: (rows, columns).
+        form: affine.
+        dtype: in which scales and biases will be stored: they are rounded to it before they are tried.
+        importance: (columns,), weights of the squared errors; None for equal ones.
+
+    Returns:
+        scales and biases, float32 (rows, columns / group_size).
+    """
+    rows, columns = weight.shape
+    shape = (rows, columns // form.group_size)
+    scales, biases = np.empty(shape, np.float32), np.empty(shape, np.float32)
+    step = max(1, _ROWS_AT_ONCE_WEIGHTS // columns)
+    shares = np.ones(columns) if importance is None else importance
+    shares = shares.astype(np.float32).reshape(-1, form.group_size)
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        groups = weight[part].astype(np.float32).reshape(-1, *shares.shape)
+        scales[part], biases[part] = _choose_part(groups, shares, form.bits, dtype)
+    return scales, biases
+
+
+def pack_codes(codes: NDArray[np.uint8], bits: int) -> mx.array:
+    """Packs codes (rows, columns) as MLX does, a stream of `bits` each from the lowest: uint32 (rows, columns * bits / 32)."""
+    rows = codes.shape[0]
+    if bits == 8:
+        return mx.array(np.ascontiguousarray(codes).view(np.uint32))
+    stream = (codes[..., None] >> np.arange(bits, dtype=np.uint8)) & 1
+    return mx.array(np.packbits(stream.reshape(rows, -1), axis=1, bitorder="little").view(np.uint32))
+
+
+def _choose_part(groups: Floats, shares: Floats, bits: int, dtype: mx.Dtype) -> tuple[Floats, Floats]:
+    """Of (rows, groups, group_size)."""
+    low, high = groups.min(axis=2, keepdims=True), groups.max(axis=2, keepdims=True)
+    best_error = np.full(low.shape, np.inf, np.float32)
+    best_scale, best_bias = np.empty_like(low), np.empty_like(low)
+    for clip in _CLIPS:
+        scale = _store(np.maximum((high - low) * (clip / (2**bits - 1)), 1e-8), dtype)
+        bias = _store(low * clip, dtype)
+        error = _nearest_codes(groups, scale, bias, bits) * scale + bias - groups
+        error = np.einsum("rgc,gc->rg", np.square(error), shares)[..., None]
+        better = error < best_error
+        best_error, best_scale = np.where(better, error, best_error), np.where(better, scale, best_scale)
+        best_bias = np.where(better, bias, best_bias)
+    return best_scale[..., 0], best_bias[..., 0]
+
+
+def _nearest_codes(values: Floats, scale: Floats, bias: Floats, bits: int) -> NDArray[np.uint8]:
+    return np.clip(np.rint((values - bias) / scale), 0, 2**bits - 1).astype(np.uint8)
+
+
+def _store(values: Floats, dtype: mx.Dtype) -> Floats:
+    """Rounds to what `dtype` holds."""
+    if dtype == mx.float32:
+        return values.astype(np.float32)
+    return np.array(mx.array(values.astype(np.float32)).astype(dtype).astype(mx.float32))
+
+
+def _feed_back(
+    weight: Floats,
+    moments: Floats,
+    snap: Callable[[Floats, int], tuple[NDArray[np.uint8], Floats]],
+    on_columns: Callable[[int], None] | None,
+) -> tuple[NDArray[np.uint8], Floats]:
+    """Rounds column by column; `snap` gives codes and values of one. Returns both, (out, in)."""
+    order = np.argsort(-np.diag(moments), kind="stable")
+    # Reversing turns numpy's lower Cholesky factor into the upper one that is needed: moments = R R^T.
+    factor = np.linalg.cholesky(moments[np.ix_(order[::-1], order[::-1])])[::-1, ::-1]
+    feed = factor / np.diag(factor)
+    outputs, inputs = weight.shape
+    codes, values = np.empty((inputs, outputs), np.uint8), np.empty((inputs, outputs), np.float32)
+    errors = np.empty((inputs, outputs), moments.dtype)  # of the columns in their order: rows here, to lie together
+    for start in range(0, inputs, _BLOCK_COLUMNS):
+        block = slice(start, min(start + _BLOCK_COLUMNS, inputs))
+        targets = weight[:, order[block]].T + feed[:start, block].T @ errors[:start]
+        for i in range(block.start, block.stop):
+            index = order[i]
+            target = targets[i - start] + feed[start:i, i] @ errors[start:i]
+            codes[index], values[index] = snap(target, index)
+            errors[i] = weight[:, index] - values[index]
+        if on_columns is not None:
+            on_columns(block.stop - block.start)
+    return np.ascontiguousarray(codes.T), np.ascontiguousarray(values.T)
