@@ -2,7 +2,9 @@
 
 import json
 import random
+import re
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -178,6 +180,13 @@ def test_a_recipe_survives_json_and_yaml(tmp_path, recipe):
     values = recipe_to_dict(recipe)
     assert recipe_from_dict(json.loads(json.dumps(values))) == recipe
     assert read_recipe(write(tmp_path, yaml.safe_dump(values))) == recipe
+
+
+def test_the_recipe_that_the_readme_shows_is_one(tmp_path):
+    readme = (Path(__file__).parents[2] / "convert/README.md").read_text(encoding="utf-8")
+    recipe = read_recipe(write(tmp_path, re.search(r"```yaml\n(.*?)```", readme, re.DOTALL)[1]))
+    assert recipe.dtype == "bfloat16" and [rule.layers for rule in recipe.rules] == [None, (0, 1, -1)]
+    assert all(f"`{name}`" in readme for name in list_recipes())
 
 
 def test_the_first_rule_that_matches_decides():
