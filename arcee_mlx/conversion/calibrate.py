@@ -302,7 +302,7 @@ class _Moments:
         """(m, n)."""
         assert self._sum is not None
         dtype = np.float64 if self._sum.shape[1] <= _MOST_FLOAT64_INPUTS else np.float32
-        mean: Floats = np.array(self._sum, dtype=dtype) / self._tokens
+        mean: Floats = np.array(self._sum / self._tokens).astype(dtype)
         return mean
 
 
