@@ -10,14 +10,16 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.files import TensorWriter, plan_shards, sync_file, write_index, write_json
+import mlx.core as mx
+
+from ..checkpoint.files import TensorWriter, plan_shards, sync_file, sync_folder, write_index, write_json
 from ..errors import ConversionError
 from .fold import bound_scalings, needs_fold
 from .hashes import FileHasher
@@ -27,7 +29,7 @@ from .progress import Quiet
 from .quantize import convert_slices
 from .recipes import Recipe
 from .report import Conversion, verify, write_card
-from .work_folder import WorkFolder, can_be_resumed, open_work_folder
+from .work_folder import WorkFolder, can_be_resumed, open_work_folder, recover
 
 _FORMAT = 1  # of what a work folder holds; another number starts a conversion anew
 
@@ -62,6 +64,7 @@ def convert(
             on the way.
         ConfigError, CheckpointError, HubError: the source cannot be used; see `load_model`.
     """
+    recover(Path(mlx_path).expanduser().absolute())
     planned = plan_conversion(
         hf_path, mlx_path, recipe, revision=revision, overwrite=overwrite, shows_downloads=reporter.shows_downloads
     )
@@ -81,8 +84,8 @@ def convert(
     except OSError as error:
         raise ConversionError(
             f"{planned.target}: cannot be written ({error.strerror or error}); expected room for "
-            f"{planned.needed_bytes / 1e9:.2f} GB and the right to write; what was done is kept, so free some space and "
-            f"run the same command again, or name another folder"
+            f"{planned.needed_bytes / 1e9:.2f} GB and the right to write; free some space and run the same command "
+            f"again, which goes on from here, or name another folder"
         ) from error
     finally:
         reporter.end()
@@ -91,11 +94,15 @@ def convert(
 
 def _identify(planned: ConversionPlan, **options: Any) -> dict[str, Any]:
     """All that decides the result's bytes: where it differs, unfinished work cannot be gone on with."""
-    files = {path.name: path.stat() for path in planned.source.checkpoint.files}
+    shards = planned.source.checkpoint.files
+    files = [*shards, *(planned.folder / name for name in planned.conversion.carried_files)]
+    stats = {os.path.relpath(path, planned.folder): path.stat() for path in files}
     return {
         "format": _FORMAT,
         "versions": {name: version(name) for name in ("mlx", "numpy")},
-        "source": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in files.items()},
+        "device": str(mx.default_device()),  # which rounds in its own way
+        "source": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+        "config": convert_config(planned),
         "tensors": [[t.key, t.source.name, t.dtype, t.form, list(t.outputs)] for t in planned.tensors],
         "options": options,
     }
@@ -129,7 +136,9 @@ def _write_weights(work: WorkFolder, planned: ConversionPlan, *, allow_nonfinite
 
 
 @contextmanager
-def _open_shards(work: WorkFolder, plan: Iterable[PlannedTensor]) -> Iterator[tuple[dict[str, TensorWriter], Any]]:
+def _open_shards(
+    work: WorkFolder, plan: Iterable[PlannedTensor]
+) -> Iterator[tuple[dict[str, TensorWriter], Callable[[], None]]]:
     """Opens the files of a plan to be written in any order.
 
     Yields:
@@ -145,8 +154,14 @@ def _open_shards(work: WorkFolder, plan: Iterable[PlannedTensor]) -> Iterator[tu
             finished = [name for own in names if own in work.finished for name in by_name[own].outputs]
             writer = TensorWriter(work.model / file, outputs, finished)
             writers |= dict.fromkeys(names, writer)
+        sync_folder(work.model)  # the names of the files, before the journal speaks of what is in them
         distinct = list(dict.fromkeys(writers.values()))
-        yield writers, lambda: [writer.sync() for writer in distinct]
+
+        def sync() -> None:
+            for writer in distinct:
+                writer.sync()
+
+        yield writers, sync
         for writer in distinct:
             writer.close()
     finally:
