@@ -103,6 +103,21 @@ def test_quantized_weights_count_as_many_parameters_as_floats(tmp_path: Path, mi
     assert inspection.weights.part_forms["mlp"] == tuple(sorted(forms - {"F32"}))
 
 
+def test_a_group_size_of_null_is_the_modes_own_as_in_mlx_lms_mixed_recipes(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "float")
+    parameters = sum(value.size for _, value in tree_flatten(model.parameters()))
+    nn.quantize(model, group_size=64, bits=6)
+    save_checkpoint(model, tmp_path / "quantized")
+    values = json.loads((tmp_path / "quantized/config.json").read_text())
+    layers = [path for path, layer in model.named_modules() if hasattr(layer, "bits")]
+    own = {"group_size": None, "bits": 6, "mode": "affine"}
+    values["quantization"] = {"group_size": 64, "bits": 4, "mode": "affine"} | dict.fromkeys(layers, own)
+    (tmp_path / "quantized/config.json").write_text(json.dumps(values))
+    weights = inspect_checkpoint(tmp_path / "quantized").weights
+    assert weights is not None and weights.total.parameters == parameters
+    assert set(weights.forms) == {"F32", "6 bits in groups of 64"}
+
+
 def test_a_decoder_without_head_is_one_and_needs_no_tokenizer(tmp_path: Path) -> None:
     save_checkpoint(ArceeModel(tiny_config()), tmp_path / "base")
     inspection = inspect_checkpoint(tmp_path / "base")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.files import open_checkpoint, same_content
-from ..conversion.recipes import Quantization
+from ..checkpoint.quantization import Quantization
 from ..errors import ConversionError, InputError
 from .afm_shape import AFM_CONFIG, count_weights, write_checkpoint
 from .convert_process import CONVERTERS, Converter, Effort, convert_in_process

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .. import upstream
-from ..conversion.recipes import Quantization
+from ..checkpoint.quantization import Quantization
 from ..conversion.report import peak_memory_bytes
 from ..errors import ArceeError, InputError
 from ..program import run_program

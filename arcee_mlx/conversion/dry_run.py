@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 from .plan import PlannedTensor, find_idle_rules, find_undivided, quantization_table
@@ -41,7 +42,7 @@ def describe_plan(planned: ConversionPlan, *, fold_layers: bool = False) -> str:
     if fold_layers:
         rows = _fold(rows)
     texts = [("tensor", "shape", "form", "MB")]
-    texts += [(row.name, " x ".join(map(str, row.shape)), row.form, f"{row.nbytes / 1e6:.2f}") for row in rows]
+    texts += [(row.name, " x ".join(map(str, row.shape)), row.form, f"{row.nbytes / 1e6:,.3f}") for row in rows]
     widths = [max(len(text[i]) for text in texts) for i in range(4)]
     lines = [
         f"{name:<{widths[0]}}  {shape:>{widths[1]}}  {form:<{widths[2]}}  {size:>{widths[3]}}"
@@ -112,24 +113,18 @@ class _Row:
 def _fold(rows: Sequence[_Row]) -> list[_Row]:
     """Joins successive decoder layers whose tensors are the same but for the number: "model.layers.0-7.mlp...."."""
     layers: dict[tuple[str, int], list[_Row]] = {}
-    others: list[_Row] = []
+    others = []
     for row in rows:
         if found := _LAYER.match(row.name):
             layers.setdefault((found[1], int(found[2])), []).append(replace(row, name=found[3]))
         else:
             others.append(row)
-    runs: list[tuple[str, int, int, list[_Row]]] = []
-    for (prefix, number), contents in layers.items():
-        if runs and runs[-1][0] == prefix and runs[-1][2] == number - 1 and runs[-1][3] == contents:
-            runs[-1] = (prefix, runs[-1][1], number, contents)
-        else:
-            runs.append((prefix, number, number, contents))
-    folded = [
-        replace(row, name=f"{prefix}{first if first == last else f'{first}-{last}'}{row.name}",
-                nbytes=row.nbytes * (last - first + 1))
-        for prefix, first, last, contents in runs
-        for row in contents
-    ]  # fmt: skip
+    folded = []
+    for contents, run in groupby(layers.items(), key=lambda layer: layer[1]):
+        places = [place for place, _ in run]
+        prefix, first, count = *places[0], len(places)
+        numbers = str(first) if count == 1 else f"{first}-{places[-1][1]}"
+        folded += [replace(r, name=f"{prefix}{numbers}{r.name}", nbytes=r.nbytes * count) for r in contents]
     return sorted(others + folded, key=lambda row: _natural(row.name))
 
 

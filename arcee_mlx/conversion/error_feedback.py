@@ -23,6 +23,7 @@ from ..checkpoint.quantization import Quantization
 Floats = NDArray[np.floating]
 # Share of the mean of H's diagonal that is added to it: against directions the calibration text hardly has.
 DAMPING = 0.01
+CORRECTION_DAMPING = 0.1
 _BLOCK_COLUMNS = 128
 _CLIPS = np.linspace(1.0, 0.6, 17, dtype=np.float32)
 _ROWS_AT_ONCE_WEIGHTS = 2**22
@@ -52,65 +53,103 @@ class Rounded:
         ]
 
 
-def round_by_column(
-    weight: Floats,
-    moments: Floats,
-    form: Quantization,
-    dtype: mx.Dtype,
-    on_columns: Callable[[int], None] | None = None,
-) -> Rounded:
-    """Rounds a weight stored as nn.Linear stores it, groups along the inputs.
+class ErrorFeedback:
+    """Rounds the weights of layers that read the same inputs; the factorisation is made once."""
+
+    def __init__(self, moments: Floats) -> None:
+        """Args: moments: (in, in), the mean of x x^T over a calibration text; float32 or float64, which is computed in."""
+        damped = damp(moments, DAMPING)
+        self._importance = np.diag(damped)
+        self._order = np.argsort(-self._importance, kind="stable")
+        # Reversed both ways, numpy's lower Cholesky factor is the upper one that is needed: moments = R R^T.
+        backwards = self._order[::-1]
+        factor = np.linalg.cholesky(damped[np.ix_(backwards, backwards)])[::-1, ::-1]
+        self._feed = factor / np.diag(factor)
+
+    def round_by_column(self, weight: Floats, form: Quantization, dtype: mx.Dtype) -> Rounded:
+        """Rounds a weight stored as nn.Linear stores it, groups along the inputs.
+
+        Args:
+            weight: (out, in); any part of the rows gives what the whole gives.
+            form: affine.
+            dtype: of stored scales and biases.
+        """
+        scales, biases = choose_grid(weight, form, dtype, self._importance)
+        groups = np.arange(weight.shape[1]) // form.group_size
+
+        def snap(column: Floats, index: int) -> tuple[NDArray[np.uint8], Floats]:
+            scale, bias = scales[:, groups[index]], biases[:, groups[index]]
+            codes = _nearest_codes(column, scale, bias, form.bits)
+            return codes, codes * scale + bias
+
+        codes, values = self._round(weight, snap)
+        return Rounded(np.ascontiguousarray(codes.T), scales, biases, np.ascontiguousarray(values.T))
+
+    def round_by_row(self, weight: Floats, form: Quantization, dtype: mx.Dtype) -> Rounded:
+        """Rounds a weight that is stored transposed, a row for each input, groups along the outputs.
+
+        An input's scales are chosen when its turn comes, with the errors it has to make up for already in it.
+
+        Args:
+            weight: (out, in), of nn.Linear, as a whole.
+            form, dtype: as in `round_by_column`.
+
+        Returns:
+            the packed form of its transpose, (in, out).
+        """
+        outputs, inputs = weight.shape
+        shape = (inputs, outputs // form.group_size)
+        scales, biases = np.empty(shape, np.float32), np.empty(shape, np.float32)
+
+        def snap(column: Floats, index: int) -> tuple[NDArray[np.uint8], Floats]:
+            row_scales, row_biases = choose_grid(column[None], form, dtype)
+            scales[index], biases[index] = row_scales[0], row_biases[0]
+            scale, bias = (np.repeat(values, form.group_size) for values in (scales[index], biases[index]))
+            codes = _nearest_codes(column, scale, bias, form.bits)
+            return codes, codes * scale + bias
+
+        codes, values = self._round(weight, snap)
+        return Rounded(codes, scales, biases, values)
+
+    def _round(
+        self, weight: Floats, snap: Callable[[Floats, int], tuple[NDArray[np.uint8], Floats]]
+    ) -> tuple[NDArray[np.uint8], Floats]:
+        """Rounds column by column; `snap` gives codes and values of one. Returns both, (in, out)."""
+        outputs, inputs = weight.shape
+        codes, values = np.empty((inputs, outputs), np.uint8), np.empty((inputs, outputs), np.float32)
+        errors = np.empty((inputs, outputs), self._feed.dtype)  # in the order of rounding, so that they lie together
+        for start in range(0, inputs, _BLOCK_COLUMNS):
+            block = slice(start, min(start + _BLOCK_COLUMNS, inputs))
+            targets = weight[:, self._order[block]].T + self._feed[:start, block].T @ errors[:start]
+            for i in range(block.start, block.stop):
+                index = self._order[i]
+                target = targets[i - start] + self._feed[start:i, i] @ errors[start:i]
+                codes[index], values[index] = snap(target, index)
+                errors[i] = weight[:, index] - values[index]
+        return codes, values
+
+
+def correct_weight(weight: Floats, shift: Floats, moments: Floats) -> Floats:
+    """The weight that comes closest to the wanted outputs on the inputs there are: weight + shift moments^-1.
+
+    Layers before this one are rounded already: its inputs are not those it was made for, and what is wrong with them
+    can be made good here as far as it is linear in them.
 
     Args:
         weight: (out, in).
-        moments: (in, in), mean of x x^T over the calibration text.
-        form: affine.
-        dtype: of stored scales and biases.
-        on_columns: told the number of columns done since the last call.
+        shift: (out, in), the mean of (wanted output - weight x) x^T.
+        moments: (in, in), the mean of x x^T.
     """
-    damped = damp(moments, DAMPING)
-    scales, biases = choose_grid(weight, form, dtype, np.diag(damped))
-    columns = np.arange(weight.shape[1]) // form.group_size
-
-    def snap(column: Floats, index: int) -> tuple[NDArray[np.uint8], Floats]:
-        scale, bias = scales[:, columns[index]], biases[:, columns[index]]
-        codes = _nearest_codes(column, scale, bias, form.bits)
-        return codes, codes * scale + bias
-
-    codes, values = _feed_back(weight, damped, snap, on_columns)
-    return Rounded(codes, scales, biases, values)
+    solved: Floats = np.linalg.solve(damp(moments, CORRECTION_DAMPING), shift.T.astype(moments.dtype))
+    return weight + solved.T
 
 
-def round_by_row(
-    weight: Floats,
-    moments: Floats,
-    form: Quantization,
-    dtype: mx.Dtype,
-    on_columns: Callable[[int], None] | None = None,
-) -> Rounded:
-    """Rounds a weight that is stored transposed, a row for each input, groups along the outputs; see `round_by_column`.
-
-    An input's scales are chosen when its turn comes, with the errors it has to make up for already in it.
-
-    Args:
-        weight: (out, in), of nn.Linear.
-
-    Returns:
-        the packed form of its transpose: (in, out).
-    """
-    outputs, inputs = weight.shape
-    groups = (inputs, outputs // form.group_size)
-    scales, biases = np.empty(groups, np.float32), np.empty(groups, np.float32)
-
-    def snap(column: Floats, index: int) -> tuple[NDArray[np.uint8], Floats]:
-        row_scales, row_biases = choose_grid(column[None], form, dtype)
-        scales[index], biases[index] = row_scales[0], row_biases[0]
-        scale, bias = (np.repeat(values, form.group_size) for values in (scales[index], biases[index]))
-        codes = _nearest_codes(column, scale, bias, form.bits)
-        return codes, codes * scale + bias
-
-    codes, values = _feed_back(weight, damp(moments, DAMPING), snap, on_columns)
-    return Rounded(np.ascontiguousarray(codes.T), scales, biases, np.ascontiguousarray(values.T))
+def round_to_nearest(weight: Floats, form: Quantization, dtype: mx.Dtype, importance: Floats | None = None) -> Rounded:
+    """Rounds rows by themselves, each group in the range of the least squared error; arguments as of `choose_grid`."""
+    scales, biases = choose_grid(weight, form, dtype, importance)
+    scale, bias = (np.repeat(values, form.group_size, axis=1) for values in (scales, biases))
+    codes = _nearest_codes(weight, scale, bias, form.bits)
+    return Rounded(codes, scales, biases, codes * scale + bias)
 
 
 def damp(moments: Floats, share: float) -> Floats:
@@ -183,30 +222,3 @@ def _store(values: Floats, dtype: mx.Dtype) -> Floats:
     if dtype == mx.float32:
         return values.astype(np.float32)
     return np.array(mx.array(values.astype(np.float32)).astype(dtype).astype(mx.float32))
-
-
-def _feed_back(
-    weight: Floats,
-    moments: Floats,
-    snap: Callable[[Floats, int], tuple[NDArray[np.uint8], Floats]],
-    on_columns: Callable[[int], None] | None,
-) -> tuple[NDArray[np.uint8], Floats]:
-    """Rounds column by column; `snap` gives codes and values of one. Returns both, (out, in)."""
-    order = np.argsort(-np.diag(moments), kind="stable")
-    # Reversing turns numpy's lower Cholesky factor into the upper one that is needed: moments = R R^T.
-    factor = np.linalg.cholesky(moments[np.ix_(order[::-1], order[::-1])])[::-1, ::-1]
-    feed = factor / np.diag(factor)
-    outputs, inputs = weight.shape
-    codes, values = np.empty((inputs, outputs), np.uint8), np.empty((inputs, outputs), np.float32)
-    errors = np.empty((inputs, outputs), moments.dtype)  # of the columns in their order: rows here, to lie together
-    for start in range(0, inputs, _BLOCK_COLUMNS):
-        block = slice(start, min(start + _BLOCK_COLUMNS, inputs))
-        targets = weight[:, order[block]].T + feed[:start, block].T @ errors[:start]
-        for i in range(block.start, block.stop):
-            index = order[i]
-            target = targets[i - start] + feed[start:i, i] @ errors[start:i]
-            codes[index], values[index] = snap(target, index)
-            errors[i] = weight[:, index] - values[index]
-        if on_columns is not None:
-            on_columns(block.stop - block.start)
-    return np.ascontiguousarray(codes.T), np.ascontiguousarray(values.T)

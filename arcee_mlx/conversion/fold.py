@@ -7,6 +7,7 @@ alone. How far a neuron can reach is bounded from its weights, or taken from wha
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ _SLICE_ROWS = 2048
 
 @dataclass(frozen=True)
 class Scaling:
-    """Powers of two that a tensor of the source is multiplied by: float32 (rows,) and (columns,), or None for none."""
+    """What a tensor of the source is multiplied by: float32 (rows,) and (columns,), or None for nothing."""
 
     rows: mx.array | None = None
     columns: mx.array | None = None
@@ -40,6 +41,16 @@ class Scaling:
     def transpose(self) -> Scaling:
         """Of the transposed tensor."""
         return Scaling(self.columns, self.rows)
+
+    def to_dict(self) -> dict[str, str]:
+        """The factors as JSON holds them, their bytes in base64."""
+        factors = {"rows": self.rows, "columns": self.columns}
+        return {k: base64.b64encode(np.array(v).tobytes()).decode() for k, v in factors.items() if v is not None}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, str]) -> Scaling:
+        """What `to_dict` gave."""
+        return cls(**{k: mx.array(np.frombuffer(base64.b64decode(v), np.float32)) for k, v in values.items()})
 
 
 def needs_fold(dtype: str, hidden_act: str) -> bool:
@@ -79,7 +90,7 @@ def bound_scalings(sources: Mapping[str, TensorEntry], plan: Sequence[PlannedTen
 def layer_scalings(
     layer: str, maxima: np.ndarray, plan: Sequence[PlannedTensor], *, has_bias: bool
 ) -> dict[str, Scaling]:
-    """The scalings of one layer.
+    """The scalings of one layer whose neurons may overflow.
 
     Args:
         layer: its path, such as "model.layers.3".
@@ -90,16 +101,27 @@ def layer_scalings(
     Returns:
         as `bound_scalings`; {} where nothing can overflow.
     """
-    down = next(t for t in plan if t.layer == f"{layer}.mlp.down_proj")
+    down = find_down(layer, plan)
     shares_scale = down.quantization is not None and not down.by_neuron
     exponents = fold_exponents(maxima, down.quantization.group_size if shares_scale and down.quantization else 1)
     if not exponents.any():
         return {}
-    up_factors, down_factors = (mx.array(np.exp2(step * exponents).astype(np.float32)) for step in (-1, 2))
-    scalings = {f"{layer}.mlp.up_proj.weight": Scaling(rows=up_factors)}
+    return scale_neurons(layer, np.exp2(-exponents), has_bias=has_bias)
+
+
+def scale_neurons(layer: str, factors: np.ndarray, *, has_bias: bool) -> dict[str, Scaling]:
+    """The scalings that multiply a layer's neurons by `factors` (F,) before squared ReLU and take it back after it."""
+    rows = mx.array(factors.astype(np.float32))
+    scalings = {f"{layer}.mlp.up_proj.weight": Scaling(rows=rows)}
     if has_bias:
-        scalings[f"{layer}.mlp.up_proj.bias"] = Scaling(rows=up_factors)
-    return scalings | {f"{layer}.mlp.down_proj.weight": Scaling(columns=down_factors)}
+        scalings[f"{layer}.mlp.up_proj.bias"] = Scaling(rows=rows)
+    columns = mx.array((1 / np.square(factors.astype(np.float64))).astype(np.float32))
+    return scalings | {f"{layer}.mlp.down_proj.weight": Scaling(columns=columns)}
+
+
+def find_down(layer: str, plan: Sequence[PlannedTensor]) -> PlannedTensor:
+    """The plan's tensor for a layer's down projection."""
+    return next(tensor for tensor in plan if tensor.key == f"{layer}.mlp.down_proj.weight")
 
 
 def count_folded(scalings: Mapping[str, Scaling]) -> int:

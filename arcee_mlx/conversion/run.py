@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
@@ -19,16 +19,27 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..checkpoint.files import TensorWriter, plan_shards, sync_file, sync_folder, write_index, write_json
+from ..checkpoint.files import (
+    TensorWriter,
+    plan_shards,
+    read_header,
+    sync_file,
+    sync_folder,
+    write_index,
+    write_json,
+)
 from ..errors import ConversionError
-from .fold import bound_scalings, needs_fold
+from ..measure.layers import WeightReader
+from .calibrate import Calibration, check_calibration
+from .fold import Scaling, bound_scalings, needs_fold
 from .hashes import FileHasher
-from .plan import PlannedTensor
+from .plan import PlannedTensor, quantization_table
 from .prepare import ConversionPlan, check_space, convert_config, plan_conversion
 from .progress import Quiet
 from .quantize import convert_slices
 from .recipes import Recipe
 from .report import Conversion, verify, write_card
+from .texts import CALIBRATION_TEXT, Sample, read_sample
 from .work_folder import WorkFolder, can_be_resumed, open_work_folder, recover
 
 _FORMAT = 1  # of what a work folder holds; another number starts a conversion anew
@@ -42,6 +53,9 @@ def convert(
     revision: str | None = None,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
+    calibrate: bool | str | os.PathLike[str] = False,
+    num_samples: int = 128,
+    sequence_length: int = 512,
     reporter: Quiet = Quiet(),  # noqa: B008 - says nothing and keeps nothing
 ) -> Conversion:
     """Converts a checkpoint. The new folder appears when it is complete and checked.
@@ -56,6 +70,8 @@ def convert(
         revision: branch, tag or commit of a hub id.
         overwrite: replace the checkpoint that is at `mlx_path`, once the new one is complete.
         allow_nonfinite: keep weights that are Inf or NaN instead of refusing them; see `convert_slices`.
+        calibrate: quantize with error feedback (see calibrate.py) on this UTF-8 text; True takes the package's own.
+        num_samples, sequence_length: of the calibration text: sequences at most, and tokens of each.
         reporter: is told how far it is; see progress.py.
 
     Raises:
@@ -69,13 +85,21 @@ def convert(
         hf_path, mlx_path, recipe, revision=revision, overwrite=overwrite, shows_downloads=reporter.shows_downloads
     )
     check_space(planned)
+    sample = None
+    if calibrate is not False:
+        check_calibration(planned, allow_nonfinite=allow_nonfinite)
+        text = CALIBRATION_TEXT if calibrate is True else calibrate
+        length = min(sequence_length, planned.source.config.max_position_embeddings)
+        sample = read_sample(
+            text, planned.folder, planned.source.config, num_samples=num_samples, sequence_length=length
+        )
     started = time.perf_counter()
     conversion = planned.conversion
-    identity = _identify(planned, allow_nonfinite=allow_nonfinite)
+    identity = _identify(planned, sample, allow_nonfinite=allow_nonfinite)
     try:
         with open_work_folder(planned.target, identity, overwrite=overwrite) as work, FileHasher() as hasher:
             hasher.add(planned.source.checkpoint.files)
-            _write_weights(work, planned, allow_nonfinite=allow_nonfinite, reporter=reporter)
+            _write_weights(work, planned, sample, allow_nonfinite=allow_nonfinite, reporter=reporter)
             _copy_files(planned.folder, work.model, conversion.carried_files)
             write_json(work.model / "config.json", convert_config(planned))
             write_card(work.model, conversion, planned.folder, hub_id=planned.hub_id)
@@ -92,7 +116,7 @@ def convert(
     return replace(conversion, seconds=time.perf_counter() - started)
 
 
-def _identify(planned: ConversionPlan, **options: Any) -> dict[str, Any]:
+def _identify(planned: ConversionPlan, sample: Sample | None, **options: Any) -> dict[str, Any]:
     """All that decides the result's bytes: where it differs, unfinished work cannot be gone on with."""
     shards = planned.source.checkpoint.files
     files = [*shards, *(planned.folder / name for name in planned.conversion.carried_files)]
@@ -104,27 +128,44 @@ def _identify(planned: ConversionPlan, **options: Any) -> dict[str, Any]:
         "source": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
         "config": convert_config(planned),
         "tensors": [[t.key, t.source.name, t.dtype, t.form, list(t.outputs)] for t in planned.tensors],
+        "calibration": None if sample is None else [sample.sha256, *sample.ids.shape],
         "options": options,
     }
 
 
-def _write_weights(work: WorkFolder, planned: ConversionPlan, *, allow_nonfinite: bool, reporter: Quiet) -> None:
+def _write_weights(
+    work: WorkFolder, planned: ConversionPlan, sample: Sample | None, *, allow_nonfinite: bool, reporter: Quiet
+) -> Mapping[str, Scaling]:
+    """Converts and writes all that is not finished; returns what neurons were scaled by."""
     plan = planned.tensors
     pending = [tensor for tensor in plan if tensor.name not in work.finished]
     total_bytes = sum(tensor.source.nbytes for tensor in plan)
-    scalings = {}
-    if needs_fold(planned.dtype, planned.source.config.hidden_act):
-        scalings = bound_scalings(planned.sources, plan)
+    done_bytes = total_bytes - sum(tensor.source.nbytes for tensor in pending)
+    facts = {tensor.key: work.finished.get(tensor.name) for tensor in plan}
+    scalings = {key: Scaling.from_dict(own) for key, own in facts.items() if own}
     with _open_shards(work, plan) as (writers, sync):
-        reporter.begin("convert", total_bytes, total_bytes - sum(tensor.source.nbytes for tensor in pending))
+        if sample is None:
+            reporter.begin("convert", total_bytes, done_bytes)
+            if needs_fold(planned.dtype, planned.source.config.hidden_act):
+                scalings |= bound_scalings(planned.sources, plan)
+            converted = convert_slices(pending, scalings, allow_nonfinite=allow_nonfinite)
+        else:
+            reporter.begin("calibrate", total_bytes, done_bytes)
+            entries = {
+                name: entry for path in work.model.glob("*.safetensors") for name, entry in read_header(path).items()
+            }
+            written = WeightReader(entries, quantization_table(plan))
+            done = {tensor.name for tensor in plan} & work.finished.keys()
+            converted = Calibration(planned, written, done, scalings, sample.ids).convert_tensors()
         try:
-            with closing(convert_slices(pending, scalings, allow_nonfinite=allow_nonfinite)) as slices:
-                for tensor, arrays in slices:
+            with closing(converted):
+                for tensor, arrays in converted:
                     writer = writers[tensor.name]
                     for name, rows in zip(tensor.outputs, arrays, strict=True):
                         writer.write(name, rows)
                     if all(writer.is_complete(name) for name in tensor.outputs):
-                        work.finish(tensor.name, {}, sync)
+                        scaling = scalings.get(tensor.key)
+                        work.finish(tensor.name, scaling.to_dict() if scaling else {}, sync)
                     reporter.advance(tensor.key, arrays[0].shape[0] * tensor.source.nbytes // tensor.shape[0])
         except BaseException as error:
             if can_be_resumed(error):
@@ -133,6 +174,7 @@ def _write_weights(work: WorkFolder, planned: ConversionPlan, *, allow_nonfinite
             raise
         work.commit(sync)
         reporter.end()
+    return scalings
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from ..checkpoint.files import (
 )
 from ..checkpoint.hub import Listing
 from ..checkpoint.loading import OpenedModel, choose_class, find_misfits, lay_out_model
+from ..checkpoint.quantization import MODES
 from ..checkpoint.shards import INDEX_FILE, WEIGHTS_FILE, explain_no_weights, find_disagreements, read_weight_map
 from ..errors import CheckpointError
 from ..model.config import ArceeConfig, read_json
@@ -153,6 +154,8 @@ def _quantized_form(entries: Mapping[str, TensorEntry], layer: str, quantization
     own = quantization.get(layer, quantization.get(layer.removeprefix("model.")))
     table = own if isinstance(own, Mapping) else quantization
     group_size, mode = table.get("group_size"), table.get("mode", "affine")
+    if group_size is None and mode in tuple(MODES):  # as mlx-lm's mixed recipes write it: the mode's own
+        group_size = MODES[mode][1][0]
     weight, scales = entries.get(f"{layer}.weight"), entries[f"{layer}.scales"]
     if not isinstance(group_size, int) or weight is None or not weight.shape or not scales.shape or not scales.nbytes:
         return "quantized", math.prod(weight.shape[1:]) if weight is not None else 0

@@ -70,6 +70,18 @@ def test_the_default_folder_is_mlx_lms(source, tmp_path, monkeypatch):
         (["-q"], {"group_size": 64, "bits": 4, "mode": "affine"}, "float32"),
         (["--quantize", "--q-mode", "affine"], {"group_size": 64, "bits": 4, "mode": "affine"}, "float32"),
         (["--q-bits", "8", "--q-group-size", "32"], {"group_size": 32, "bits": 8, "mode": "affine"}, "float32"),
+        (["--q-mode", "mxfp4"], {"group_size": 32, "bits": 4, "mode": "mxfp4"}, "float32"),
+        (["--q-mode", "nvfp4", "--q-bits", "4"], {"group_size": 16, "bits": 4, "mode": "nvfp4"}, "float32"),
+        (["--q-bits", "3"], {"group_size": 64, "bits": 3, "mode": "affine"}, "float32"),
+        (["--recipe", "6bit"], {"group_size": 64, "bits": 6, "mode": "affine"}, "float32"),
+        (
+            ["-q", "--recipe", "8bit", "--q-group-size", "32"],
+            {"group_size": 32, "bits": 8, "mode": "affine"},
+            "float32",
+        ),
+        (["--recipe", "fp16"], None, "float16"),
+        (["--no-quantize", "--recipe", "fp16"], None, "float16"),
+        (["--recipe", "bf16", "--dtype", "float16"], None, "float16"),
         (["--no-quantize"], None, "float32"),
         (["--no-quantize", "--dtype", "bfloat16"], None, "bfloat16"),
         (["--dtype", "float16"], {"group_size": 64, "bits": 4, "mode": "affine"}, "float16"),
@@ -94,16 +106,16 @@ def test_force_is_needed_to_replace_a_converted_model(source, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--q-bits", "3"], "argument --q-bits: invalid choice: 3"),
+        (["--q-bits", "7"], "argument --q-bits: invalid choice: 7"),
         (["--q-bits", "four"], "argument --q-bits: invalid int value"),
-        (["--q-group-size", "16"], "argument --q-group-size: invalid choice: 16"),
-        (["--q-mode", "mxfp4"], "argument --q-mode: invalid choice: 'mxfp4'"),
+        (["--q-group-size", "48"], "argument --q-group-size: invalid choice: 48"),
+        (["--q-mode", "q4_k"], "argument --q-mode: invalid choice: 'q4_k'"),
+        (["--layout", "sideways"], "argument --layout: invalid choice: 'sideways'"),
         (["--dtype", "float64"], "argument --dtype: invalid choice: 'float64'"),
         (["--quantize", "--no-quantize"], "--no-quantize: not allowed with argument -q/--quantize"),
         (["--bits", "4"], "unrecognized arguments: --bits 4"),
         (["-d"], "-d is not offered; convert the original"),
         (["--dequantize"], "--dequantize is not offered; convert the original"),
-        (["--quant-predicate", "mixed_3_6"], "--quant-predicate is not offered; all layers"),
         (["--upload-repo", "me/model"], "--upload-repo is not offered; upload the folder afterwards"),
         (["--trust-remote-code"], "--trust-remote-code is not offered; code of a checkpoint is never run"),
     ],
@@ -117,10 +129,39 @@ def test_what_is_not_offered_is_refused_by_name_with_status_2(source, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
-def test_options_of_quantization_are_not_ignored_with_no_quantize(source, tmp_path, capsys):
-    assert run_here("--hf-path", source, "--mlx-path", tmp_path / "out", "--no-quantize", "--q-bits", "8") == 2
-    assert "--no-quantize came with --q-bits" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--no-quantize", "--q-bits", "8"], "--no-quantize came with --q-bits; expected one or the other"),
+        (["--no-quantize", "--recipe", "4bit"], "--no-quantize came with --recipe 4bit; expected"),
+        (["--no-quantize", "--q-mode", "affine", "--recipe", "4bit"], "came with --q-mode, --recipe 4bit; expected"),
+        (
+            ["--recipe", "bf16", "--q-bits", "8", "--q-group-size", "32"],
+            "--recipe bf16 came with --q-bits, --q-group-size;",
+        ),
+        (["--recipe", "bf16", "-q"], "--recipe bf16 came with --quantize; expected one or the other"),
+        (["--q-mode", "mxfp4", "--q-bits", "3"], "bits is 3; expected 4 in mode 'mxfp4'"),
+        (["--q-group-size", "16"], "group_size is 16; expected 32, 64 or 128 in mode 'affine'"),
+        (["--recipe", "mixed_3_7"], "recipe is 'mixed_3_7'; expected 2bit"),
+        (["--recipe", "mine.yaml"], "mine.yaml: no such file"),
+    ],
+)
+def test_options_that_contradict_each_other_or_mlx_are_refused_by_name(source, tmp_path, capsys, options, says):
+    assert run_here("--hf-path", source, "--mlx-path", tmp_path / "out", *options) == 2
+    assert says in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["--recipe", "--quant-predicate"])
+def test_a_recipe_is_a_name_or_a_file_under_mlx_lms_option_too(source, tmp_path, option):
+    (tmp_path / "mine.yaml").write_text(
+        "quantization: {bits: 2}\nrules: [{tensors: ['*.q_proj'], quantization: {bits: 8}}]"
+    )
+    for name, bits in ((tmp_path / "mine.yaml", 8), ("mixed_2_6", 2)):
+        target = tmp_path / f"out{bits}"
+        assert run_here("--hf-path", source, "--mlx-path", target, option, name) == 0
+        model = load_model(target)
+        assert (model.layers[0].self_attn.q_proj.bits, model.layers[0].mlp.up_proj.bits) == (bits, 2)
 
 
 def test_weights_that_are_not_finite_are_kept_only_when_that_is_asked_for(source, tmp_path, capsys):
