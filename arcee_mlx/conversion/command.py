@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.quantization import MODES, Quantization
-from ..errors import InputError
+from ..errors import CheckpointError, InputError
 from ..model.config import DTYPES, LAYOUTS
 from .dry_run import describe_plan, plan_to_dict
 from .prepare import check_space, plan_conversion
@@ -17,7 +17,7 @@ from .progress import Bar, JsonLines, Quiet
 from .recipes import BITS, GROUP_SIZES, Recipe, list_recipes, override
 from .report import summarize
 from .run import convert
-from .work_folder import measure_disk
+from .work_folder import can_be_resumed, measure_disk
 
 DESCRIPTION = "Convert a Hugging Face checkpoint of Arcee's dense decoder to MLX, by default to 4 bits in groups of 64."
 _REFUSED = {
@@ -74,10 +74,11 @@ def run(arguments: argparse.Namespace) -> int:
             allow_nonfinite=arguments.allow_nonfinite,
             reporter=reporter,
         )
-    except KeyboardInterrupt:
-        if kept_bytes := measure_disk(Path(arguments.mlx_path).expanduser().absolute()):
+    except (KeyboardInterrupt, CheckpointError) as error:
+        kept_bytes = measure_disk(Path(arguments.mlx_path).expanduser().absolute())
+        if kept_bytes and can_be_resumed(error):
             print(
-                f"stopped; {kept_bytes / 1e6:,.0f} MB are kept, and the same command goes on from there",
+                f"stopped; {kept_bytes / 1e6:,.1f} MB are kept, and the same command goes on from there",
                 file=sys.stderr,
             )
         raise

@@ -116,15 +116,17 @@ def plan_conversion(
 
 def _open_source(folder: Path) -> OpenedModel:
     opened = open_model(folder)
-    if opened.config.quantization or any(name.endswith(".scales") for name in opened.names):
+    scales = sorted(name for name in opened.names.values() if name.endswith(".scales"))
+    if opened.config.quantization or scales:
+        file = opened.checkpoint.entries[scales[0]].file if scales else folder / "config.json"
         raise ConversionError(
-            f"{folder}: is quantized for MLX already; expected float weights; load it as it is, or convert the original "
-            f"checkpoint it was made from"
+            f"{file}: is quantized for MLX already; expected float weights; load the model as it is, or convert the "
+            f"original checkpoint it was made from"
         )
     if opened.config.down_proj_layout != "standard":
         raise ConversionError(
-            f"{folder}: has its down projections by neuron already; expected a checkpoint as transformers saves it; "
-            f"load it as it is, or convert the original it was made from"
+            f"{folder / 'config.json'}: has down projections by neuron already; expected a checkpoint as transformers "
+            f"saves it; load it as it is, or convert the original it was made from"
         )
     return opened
 

@@ -17,7 +17,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.files import TensorWriter, plan_shards, read_header, sync_file, write_index, write_json
+import mlx.core as mx
+
+from ..checkpoint.files import (
+    TensorWriter,
+    plan_shards,
+    read_header,
+    sync_file,
+    sync_folder,
+    write_index,
+    write_json,
+)
 from ..errors import ConversionError
 from ..measure.layers import WeightReader
 from .calibrate import Calibration, check_calibration
@@ -30,7 +40,7 @@ from .quantize import convert_slices
 from .recipes import Recipe
 from .report import Conversion, verify, write_card
 from .texts import CALIBRATION_TEXT, Sample, read_sample
-from .work_folder import WorkFolder, can_be_resumed, open_work_folder
+from .work_folder import WorkFolder, can_be_resumed, open_work_folder, recover
 
 _FORMAT = 1  # of what a work folder holds; another number starts a conversion anew
 
@@ -70,6 +80,7 @@ def convert(
             on the way.
         ConfigError, CheckpointError, HubError: the source cannot be used; see `load_model`.
     """
+    recover(Path(mlx_path).expanduser().absolute())
     planned = plan_conversion(
         hf_path, mlx_path, recipe, revision=revision, overwrite=overwrite, shows_downloads=reporter.shows_downloads
     )
@@ -97,8 +108,8 @@ def convert(
     except OSError as error:
         raise ConversionError(
             f"{planned.target}: cannot be written ({error.strerror or error}); expected room for "
-            f"{planned.needed_bytes / 1e9:.2f} GB and the right to write; what was done is kept, so free some space and "
-            f"run the same command again, or name another folder"
+            f"{planned.needed_bytes / 1e9:.2f} GB and the right to write; free some space and run the same command "
+            f"again, which goes on from here, or name another folder"
         ) from error
     finally:
         reporter.end()
@@ -107,11 +118,15 @@ def convert(
 
 def _identify(planned: ConversionPlan, sample: Sample | None, **options: Any) -> dict[str, Any]:
     """All that decides the result's bytes: where it differs, unfinished work cannot be gone on with."""
-    files = {path.name: path.stat() for path in planned.source.checkpoint.files}
+    shards = planned.source.checkpoint.files
+    files = [*shards, *(planned.folder / name for name in planned.conversion.carried_files)]
+    stats = {os.path.relpath(path, planned.folder): path.stat() for path in files}
     return {
         "format": _FORMAT,
         "versions": {name: version(name) for name in ("mlx", "numpy")},
-        "source": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in files.items()},
+        "device": str(mx.default_device()),  # which rounds in its own way
+        "source": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+        "config": convert_config(planned),
         "tensors": [[t.key, t.source.name, t.dtype, t.form, list(t.outputs)] for t in planned.tensors],
         "calibration": None if sample is None else [sample.sha256, *sample.ids.shape],
         "options": options,
@@ -181,6 +196,7 @@ def _open_shards(
             finished = [name for own in names if own in work.finished for name in by_name[own].outputs]
             writer = TensorWriter(work.model / file, outputs, finished)
             writers |= dict.fromkeys(names, writer)
+        sync_folder(work.model)  # the names of the files, before the journal speaks of what is in them
         distinct = list(dict.fromkeys(writers.values()))
 
         def sync() -> None:
