@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from .layers import LayerStream, check_finite
 
 _SLICE_ROWS, _TOKENS_TOGETHER = 4096, 512
-_CLOSE = 1.0  # difference of two logits up to which the series below is the better formula
+_CLOSE = 4.0  # difference of two logits up to which the series below is the better formula
 _MOST_EXPONENT = 60.0  # the exponential of it can be summed over a slice in float32
 
 Values = NDArray[Any]

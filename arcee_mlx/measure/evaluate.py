@@ -55,7 +55,7 @@ class Comparison:
         perplexity_reference, perplexity: of the reference and of the other.
         kl_mean, kl_p99, kl_max: KL(reference || other) of a token's prediction, in nats: mean, 99th percentile, most.
         top1_agreement: share of the tokens for which both hold the same one for the likeliest.
-        hidden_error: distance of the final hidden states, relative to the reference's length.
+        hidden_error: distance of the final hidden states that predict them, relative to the reference's length.
         layers: errors of each.
     """
 
