@@ -143,7 +143,7 @@ def test_a_conversion_that_fails_says_why_and_leaves_nothing(tmp_path: Path) -> 
         (("--work", "/nonexistent/folder"), "--work"),
         (("--model", "x"), "--model and --text"),
         (("--text", "x"), "--model and --text"),
-        (("--calibrate",), "--calibrate came without --model"),
+        (("--calibrate",), "--calibrate or --recipe came without --model"),
         (("--model", "x", "--text", "y", "--layers", "2"), "came with --model"),
     ],
 )
