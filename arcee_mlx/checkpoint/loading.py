@@ -295,7 +295,7 @@ def _quantize_layers(model: Model, names: Mapping[str, str], config: ArceeConfig
             chosen = read_quantization(table, path)
         except InputError as error:
             raise ConfigError(f"{config.source}: {error}; the file and its config do not belong together") from None
-        width = module.get("weight", module.get("weight_by_neuron")).shape[-1]
+        width = module["weight" if "weight" in module else "weight_by_neuron"].shape[-1]
         if width % chosen.group_size:
             raise ConfigError(
                 f"{config.source}: quantization group_size {chosen.group_size} does not divide the rows of {width} weights "

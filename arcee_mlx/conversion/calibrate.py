@@ -42,6 +42,9 @@ def check_calibration(planned: ConversionPlan, *, allow_nonfinite: bool) -> None
     """Raises InputError for what error feedback has no rule for: forms other than affine, weights that are not finite."""
     if allow_nonfinite:
         raise InputError("calibration came with allow_nonfinite; expected one or the other; leave one out")
+    folds = needs_fold(planned.dtype, planned.source.config.hidden_act)
+    if not folds and not any(tensor.quantization for tensor in planned.tensors):
+        raise InputError("calibration came with a recipe that quantizes nothing; expected one that does; leave one out")
     for tensor in planned.tensors:
         if tensor.quantization is not None and tensor.quantization.mode != "affine":
             raise InputError(
@@ -302,7 +305,7 @@ class _Moments:
         """(m, n)."""
         assert self._sum is not None
         dtype = np.float64 if self._sum.shape[1] <= _MOST_FLOAT64_INPUTS else np.float32
-        mean: Floats = np.array(self._sum, dtype=dtype) / self._tokens
+        mean: Floats = np.array(self._sum / self._tokens).astype(dtype)
         return mean
 
 

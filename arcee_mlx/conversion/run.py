@@ -42,6 +42,7 @@ from .report import Conversion, verify, write_card
 from .texts import CALIBRATION_TEXT, Sample, read_sample
 from .work_folder import WorkFolder, can_be_resumed, open_work_folder, recover
 
+NUM_SAMPLES, SEQUENCE_LENGTH = 128, 512  # of a text: 65,536 tokens
 _FORMAT = 1  # of what a work folder holds; another number starts a conversion anew
 
 
@@ -54,8 +55,8 @@ def convert(
     overwrite: bool = False,
     allow_nonfinite: bool = False,
     calibrate: bool | str | os.PathLike[str] = False,
-    num_samples: int = 128,
-    sequence_length: int = 512,
+    num_samples: int = NUM_SAMPLES,
+    sequence_length: int = SEQUENCE_LENGTH,
     reporter: Quiet = Quiet(),  # noqa: B008 - says nothing and keeps nothing
 ) -> Conversion:
     """Converts a checkpoint. The new folder appears when it is complete and checked.

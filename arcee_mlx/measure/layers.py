@@ -12,7 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_unflatten
+import numpy as np
+from mlx.utils import tree_flatten
 
 from .. import upstream
 from ..checkpoint.files import TensorEntry, read_rows
@@ -87,7 +88,8 @@ class LayerStream:
         self._rotary = RotaryEmbedding(self.config)
         with upstream.keep_random_state():
             self._layer = DecoderLayer(self.config)  # its random weights are never computed
-        self._unread = tree_unflatten(list(tree_flatten(self._layer.parameters())))
+        self._unread: Any = self._layer.parameters()
+        self._names: list[str] = list(dict(tree_flatten(self._unread)))
 
     @property
     def head(self) -> str:
@@ -101,11 +103,10 @@ class LayerStream:
 
     def embed(self, ids: mx.array) -> mx.array:
         """Token ids (N, T) -> (N, T, E); reads the rows of the tokens that occur, and no others."""
-        path, flat = f"{self.prefix}embed_tokens", ids.reshape(-1).tolist()
-        distinct = sorted(set(flat))
-        place = {token: i for i, token in enumerate(distinct)}
-        table = mx.concatenate([self.weights.rows(path, token, token + 1) for token in distinct])
-        h = table[mx.array([place[token] for token in flat])].reshape(*ids.shape, -1)
+        path = f"{self.prefix}embed_tokens"
+        distinct, places = np.unique(np.array(ids), return_inverse=True)
+        table = mx.concatenate([self.weights.rows(path, int(token), int(token) + 1) for token in distinct])
+        h = table[mx.array(places.reshape(ids.shape))]
         mx.eval(h)
         return h
 
@@ -114,7 +115,7 @@ class LayerStream:
         """Reads a layer's weights; they go when the block ends."""
         path = f"{self.prefix}layers.{index}"
         weights = []
-        for name, _ in tree_flatten(self._layer.parameters()):
+        for name in self._names:
             owner, _, parameter = name.rpartition(".")
             is_matrix = parameter == "weight" and not owner.endswith("norm")
             weights.append(

@@ -6,6 +6,8 @@ not be read. The key is `weight_by_neuron`, so that a loader that expects `weigh
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -48,10 +50,10 @@ class QuantizedDownByNeuron(nn.Module):
         self.mode = mode
         self.freeze()
 
-    def unfreeze(self, *args: object, **options: object) -> None:
-        """As of nn.QuantizedLinear: packed weights cannot be trained."""
+    def unfreeze(self, *args: Any, **options: Any) -> nn.Module:
+        """Leaves packed weights frozen, as nn.QuantizedLinear does: they cannot be trained."""
         super().unfreeze(*args, **options)
-        self.freeze(recurse=False)
+        return self.freeze(recurse=False)
 
     def __call__(self, x: mx.array) -> mx.array:
         x = mx.quantized_matmul(
