@@ -8,6 +8,7 @@ reads a whole tensor for ten rows of it, and mapped pages count as memory too.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import math
@@ -341,6 +342,13 @@ def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         sync_file(descriptor)
+    except OSError as error:
+        if error.errno not in (
+            errno.EBADF,
+            errno.EINVAL,
+            errno.ENOTSUP,
+        ):  # not every file system can, as PostgreSQL notes
+            raise
     finally:
         os.close(descriptor)
 

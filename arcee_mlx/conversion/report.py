@@ -7,7 +7,7 @@ import os
 import resource
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,10 @@ class Conversion:
     def bits_per_weight(self) -> float:
         """Bits on disk for each weight, scales and biases of groups included."""
         return 8 * self.bytes / max(self.weights, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The attributes as JSON holds them."""
+        return asdict(self) | {"folder": str(self.folder), "bits_per_weight": self.bits_per_weight}
 
 
 def verify(folder: Path, plan: Sequence[PlannedTensor]) -> None:

@@ -84,7 +84,8 @@ class WorkFolder:
             shutil.rmtree(self._old, ignore_errors=True)
             os.replace(self._target, self._old)
         os.replace(self.model, self._target)
-        sync_folder(self._target.parent)
+        with contextlib.suppress(OSError):  # it is complete and has its name, which only a loss of power could undo now
+            sync_folder(self._target.parent)
 
     def close(self) -> None:
         """Closes the journal."""
@@ -121,20 +122,17 @@ def open_work_folder(target: Path, identity: Mapping[str, Any], *, overwrite: bo
                     f"{folder}: holds an unfinished conversion of another source, recipe or version; expected none, or "
                     f"one made with the same options; repeat that command to finish it, or give --force to throw it away"
                 )
-            _clear(folder)
-            (folder / "model").mkdir()
-            _write_journal(folder / "journal", encoded)
             finished = {}
-        work = WorkFolder(folder, target, finished, overwrite=overwrite)
         try:
-            yield work
+            if begun != encoded:
+                _begin(folder, encoded)
+            with contextlib.closing(WorkFolder(folder, target, finished, overwrite=overwrite)) as work:
+                yield work
         except BaseException as error:
-            work.close()
             _settle(folder, target)
-            if not (can_be_resumed(error) and work.finished):
+            if not (can_be_resumed(error) and finished):  # to which the block has added its own
                 _clear(folder)
             raise
-        work.close()
         _clear(folder)
 
 
@@ -235,15 +233,16 @@ def _read_journal(path: Path) -> tuple[str, dict[str, Mapping[str, Any]]]:
     return identity.decode(errors="replace").rstrip("\n"), finished
 
 
-def _write_journal(path: Path, identity: str) -> None:
-    """Begins a journal; it is there only as a whole."""
-    new = path.with_name("journal.new")
-    with open(new, "wb") as file:
+def _begin(folder: Path, identity: str) -> None:
+    """Empties a folder and begins a journal, which is there only as a whole."""
+    _clear(folder)
+    (folder / "model").mkdir()
+    with open(folder / "journal.new", "wb") as file:
         file.write(f"{identity}\n".encode())
         file.flush()
         sync_file(file.fileno())
-    os.replace(new, path)
-    sync_folder(path.parent)
+    os.replace(folder / "journal.new", folder / "journal")
+    sync_folder(folder)
 
 
 def _clear(folder: Path) -> None:
