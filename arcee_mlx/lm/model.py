@@ -69,13 +69,18 @@ class Model(ArceeForCausalLM):
             group: the processes; None takes all that were started together.
 
         Raises:
-            InputError: the key/value heads cannot be shared out evenly.
+            InputError: the key/value heads cannot be shared out evenly, or down projections are stored by neuron.
         """
         group = group or mx.distributed.init()
         processes = group.size()
         if self.args.kv_heads % processes:
             raise InputError(
                 f"{processes} processes for {self.args.kv_heads} key/value heads; expected a divisor of the heads"
+            )
+        if self.args.down_proj_layout != "standard":
+            raise InputError(
+                f"{processes} processes for down projections stored {self.args.down_proj_layout}; expected the standard "
+                f"layout, whose layers mlx-lm can share out; convert the original again with --layout standard"
             )
         for layer in self.layers:
             attention, mlp = layer.self_attn, layer.mlp
