@@ -22,6 +22,7 @@ from .. import upstream
 from ..errors import ConfigError, InputError
 from ..model.config import read_json
 from ..model.decoder import ArceeForCausalLM, ArceeModel
+from ..model.relu2.down import DownByNeuron, QuantizedDownByNeuron
 from .adapter_files import (
     ADAPTABLE,
     CONFIG_FILE,
@@ -38,7 +39,7 @@ from .adapter_files import (
     is_int,
     read_planned,
 )
-from .files import new_folder
+from .files import new_folder, read_header
 from .hub import resolve_folder
 from .peft import plan_peft, write_peft
 
@@ -59,6 +60,7 @@ def set_adapter(model: Model, path_or_id: str | os.PathLike[str] | None) -> None
         ConfigError: adapter_config.json is malformed, or asks for what is not supported.
         CheckpointError: a file is missing or damaged, or a tensor is missing, unexpected or mis-shaped.
         HubError: a hub id could not be downloaded.
+        InputError: it updates a down projection that the model has by neuron.
     """
     modules, adapter = _base_modules(model), Adapter({}, {})
     if path_or_id is not None:
@@ -153,8 +155,23 @@ def _read_adapter(folder: Path, modules: Mapping[str, nn.Module], model: Model) 
     config = AdapterConfig(folder / CONFIG_FILE, read_json(folder / CONFIG_FILE))
     if "peft_type" in config.values:
         tied = isinstance(model, ArceeForCausalLM) and "lm_head" not in model
-        return read_planned(plan_peft(config, modules, tied=tied))
-    return read_planned(_plan_mlx_lm(config, modules))
+        plan = plan_peft(config, modules, tied=tied)
+    else:
+        plan = _plan_mlx_lm(config, modules)
+    _refuse_by_neuron(plan, modules)
+    return read_planned(plan)
+
+
+def _refuse_by_neuron(plan: Plan, modules: Mapping[str, nn.Module]) -> None:
+    """Raises InputError for an update of a layer that mlx-lm's layers cannot be put around."""
+    paths = [path for path, own in modules.items() if isinstance(own, DownByNeuron | QuantizedDownByNeuron)]
+    names = read_header(plan.file) if paths and plan.file.exists() else ()
+    for path in paths:
+        if any(f"{path}." in name and name.rpartition(".")[2] not in modules[path] for name in names):
+            raise InputError(
+                f"{plan.file}: updates {path!r}, which this model has by neuron; expected an adapter on other layers; "
+                f"convert the original again with --layout standard, and put the adapter on that"
+            )
 
 
 def _plan_mlx_lm(config: AdapterConfig, modules: Mapping[str, nn.Module]) -> Plan:

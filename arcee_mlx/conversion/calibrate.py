@@ -16,8 +16,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from .. import upstream
-from ..checkpoint.files import DTYPES
-from ..errors import InputError
+from ..checkpoint.files import DTYPES, TensorEntry
+from ..errors import ConversionError, InputError
 from ..measure.layers import CAUSAL, LayerStream, WeightReader, check_finite
 from ..model.decoder import DecoderLayer
 from ..model.rope import Rotation
@@ -25,7 +25,7 @@ from .error_feedback import ErrorFeedback, Floats, correct_weight, round_to_near
 from .fold import HEADROOM, Scaling, find_down, layer_scalings, needs_fold, scale_neurons
 from .plan import PlannedTensor
 from .prepare import ConversionPlan
-from .quantize import convert_slices
+from .quantize import convert_slices, has_non_finite
 from .rescale import NeuronUse, choose_factors
 
 _SEQUENCES_TOGETHER = 4
@@ -34,6 +34,7 @@ _HEAD_ROWS = 2**13
 _EMBEDDING_SHARE = 0.3
 # Larger moments are kept in float32: those of 18,432 neurons take 1.4 GB in it.
 _MOST_FLOAT64_INPUTS = 4096
+_MOST_WEIGHT = 1e15  # the squares of larger ones leave float32
 
 Converted = tuple[PlannedTensor, list[mx.array]]
 
@@ -77,7 +78,7 @@ class Calibration:
         self._scalings = scalings
         self._planned, self._ids = planned, ids
         self._pending = {tensor.key: tensor for tensor in planned.tensors if tensor.name not in finished}
-        self._source = LayerStream(config, WeightReader(planned.sources, None))
+        self._source = LayerStream(config, _SourceReader(planned.sources, None))
         self._result = LayerStream(config, written)
         self._folds = needs_fold(planned.dtype, config.hidden_act)
 
@@ -205,6 +206,7 @@ class Calibration:
             if shift is not None:
                 weight = correct_weight(weight, shift.mean(), mean)
             dtype = DTYPES[tensor.dtype][0]
+            _check_range(weight, tensor)
             rounding = feedback.round_by_row if tensor.by_neuron else feedback.round_by_column
             yield tensor, rounding(weight, tensor.quantization, dtype).pack(tensor.quantization, dtype)
 
@@ -221,6 +223,7 @@ class Calibration:
             weight: Floats = np.array(self._source.weights.rows(path, start, stop), dtype=np.float64)
             if cross is not None and moments is not None:
                 weight = correct_weight(weight, weight @ cross, moments)
+            _check_range(weight, tensor)
             done = (
                 round_to_nearest(weight, form, dtype)
                 if feedback is None
@@ -261,6 +264,36 @@ class Calibration:
             moments.add(final, final)
         mean = moments.mean()
         return mean / np.diag(mean).mean() + _EMBEDDING_SHARE * np.eye(len(mean))
+
+
+class _SourceReader(WeightReader):
+    """Reads a source's weights, and refuses Inf and NaN: error feedback would spread them over the whole matrix."""
+
+    def vector(self, key: str) -> mx.array:
+        return _refuse_non_finite(super().vector(key), self.entries[key])
+
+    def _read(self, key: str, path: str, start: int, stop: int) -> mx.array:
+        return _refuse_non_finite(super()._read(key, path, start, stop), self.entries[key])
+
+
+def _refuse_non_finite(values: mx.array, entry: TensorEntry) -> mx.array:
+    if has_non_finite(values):
+        raise ConversionError(
+            f"{entry.file}: {entry.name!r} holds Inf or NaN; expected finite weights; download the file again, or ask "
+            f"its maker"
+        )
+    return values
+
+
+def _check_range(weight: Floats, tensor: PlannedTensor) -> None:
+    """Refuses weights that scales and biases in the stored dtype cannot reach."""
+    most = min(float(mx.finfo(DTYPES[tensor.dtype][0]).max), _MOST_WEIGHT)
+    if not float(np.abs(weight).max()) <= most:
+        source = tensor.source
+        raise ConversionError(
+            f"{source.file}: {source.name!r} holds a weight too large to be calibrated in {tensor.form}; expected at most "
+            f"{most:g}; convert without --calibrate, or to bfloat16"
+        )
 
 
 class _Pair:
@@ -304,6 +337,7 @@ class _Moments:
     def mean(self) -> Floats:
         """(m, n)."""
         assert self._sum is not None
+        check_finite(self._sum, "a product of activations on the calibration text")
         dtype = np.float64 if self._sum.shape[1] <= _MOST_FLOAT64_INPUTS else np.float32
         mean: Floats = np.array(self._sum / self._tokens).astype(dtype)
         return mean
@@ -316,6 +350,7 @@ class _Rounded:
         self._weights, self._path = result.weights, path
         with upstream.keep_random_state():
             self.layer = DecoderLayer(result.config)
+        self.layer.eval()
         self._names = set(dict(tree_flatten(self.layer.parameters())))
 
     def read(self, name: str) -> None:

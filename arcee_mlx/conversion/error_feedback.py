@@ -27,6 +27,7 @@ CORRECTION_DAMPING = 0.1
 _BLOCK_COLUMNS = 128
 _CLIPS = np.linspace(1.0, 0.6, 17, dtype=np.float32)
 _ROWS_AT_ONCE_WEIGHTS = 2**22
+_LEAST_SCALE = 1e-7  # as in MLX; float16 does not round it to 0
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def round_to_nearest(weight: Floats, form: Quantization, dtype: mx.Dtype, import
 
 
 def damp(moments: Floats, share: float) -> Floats:
-    """Adds a share of the mean of the diagonal to it; inputs that are never there get a 1, so that nothing divides by 0."""
+    """Adds a share of the mean of the diagonal to it, 1 where all of it is 0, so that nothing divides by 0."""
     damped = moments.copy()
     diagonal = np.diag(damped)
     mean = float(diagonal.mean())
@@ -201,9 +202,9 @@ def _choose_part(groups: Floats, shares: Floats, bits: int, dtype: mx.Dtype) -> 
     """Of (rows, groups, group_size)."""
     low, high = groups.min(axis=2, keepdims=True), groups.max(axis=2, keepdims=True)
     best_error = np.full(low.shape, np.inf, np.float32)
-    best_scale, best_bias = np.empty_like(low), np.empty_like(low)
+    best_scale, best_bias = np.ones_like(low), np.zeros_like(low)
     for clip in _CLIPS:
-        scale = _store(np.maximum((high - low) * (clip / (2**bits - 1)), 1e-8), dtype)
+        scale = _store(np.maximum((high - low) * (clip / (2**bits - 1)), _LEAST_SCALE), dtype)
         bias = _store(low * clip, dtype)
         error = _nearest_codes(groups, scale, bias, bits) * scale + bias - groups
         error = np.einsum("rgc,gc->rg", np.square(error), shares)[..., None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import mlx.core as mx
@@ -10,9 +11,11 @@ import mlx.nn as nn
 from mlx.nn.layers.distributed import shard_linear
 
 from ..checkpoint.loading import map_names, tie_names
+from ..checkpoint.quantization import read_quantization
 from ..errors import InputError
 from ..model.config import ArceeConfig
 from ..model.decoder import ArceeForCausalLM
+from ..model.relu2.down import DownByNeuron
 
 
 class ModelArgs(ArceeConfig):
@@ -60,7 +63,16 @@ class Model(ArceeForCausalLM):
         if mx.default_device() == mx.cpu:
             floats = {key: x.astype(mx.float32) for key, x in arrays.items() if mx.issubdtype(x.dtype, mx.floating)}
             arrays |= floats
+        self._quantize_by_neuron(arrays)
         return arrays
+
+    def _quantize_by_neuron(self, weights: Mapping[str, mx.array]) -> None:
+        """Quantizes what is stored by neuron and has no entry of its own: mlx-lm would look for its `weight`."""
+        table = self.args.quantization or {}
+        for i, layer in enumerate(self.layers):
+            path, down = f"model.layers.{i}.mlp.down_proj", layer.mlp.down_proj
+            if isinstance(down, DownByNeuron) and f"{path}.scales" in weights and path not in table:
+                layer.mlp.down_proj = down.to_quantized(**asdict(read_quantization(table, path)))
 
     def shard(self, group: mx.distributed.Group | None = None) -> None:
         """Leaves this process its share of every layer: whole heads and neurons, for mlx-lm's tensor parallelism.
@@ -69,13 +81,18 @@ class Model(ArceeForCausalLM):
             group: the processes; None takes all that were started together.
 
         Raises:
-            InputError: the key/value heads cannot be shared out evenly.
+            InputError: the key/value heads cannot be shared out evenly, or down projections are stored by neuron.
         """
         group = group or mx.distributed.init()
         processes = group.size()
         if self.args.kv_heads % processes:
             raise InputError(
                 f"{processes} processes for {self.args.kv_heads} key/value heads; expected a divisor of the heads"
+            )
+        if self.args.down_proj_layout != "standard":
+            raise InputError(
+                f"{processes} processes for down projections stored {self.args.down_proj_layout}; expected the standard "
+                f"layout, whose layers mlx-lm can share out; convert the original again with --layout standard"
             )
         for layer in self.layers:
             attention, mlp = layer.self_attn, layer.mlp
