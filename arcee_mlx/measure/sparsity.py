@@ -114,15 +114,6 @@ class SparsityProfile:
         }
 
 
-def check_activation(config: ArceeConfig) -> None:
-    """Raises InputError for a model whose neurons are not exactly zero when their input is negative."""
-    if config.hidden_act not in SPARSE_ACTIVATIONS:
-        raise InputError(
-            f"{config.source}: hidden_act is {config.hidden_act!r}; expected {' or '.join(map(repr, SPARSE_ACTIVATIONS))}, "
-            f"which give exact zeros; there is nothing to leave out in this model, so run it as it is"
-        )
-
-
 def measure_sparsity(
     opened: OpenedModel, ids: mx.array, *, on_layer: Callable[[int], object] | None = None
 ) -> SparsityProfile:
@@ -139,7 +130,7 @@ def measure_sparsity(
         ArceeError: the model gives Inf or NaN; names the layer.
     """
     config = opened.config
-    check_activation(config)
+    _check_activation(config)
     if ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < UNIONS[-1]:
         raise InputError(
             f"ids have shape {ids.shape}; expected (windows, tokens), {UNIONS[-1]} tokens at least; take longer windows"
@@ -165,6 +156,15 @@ def measure_sparsity(
         window_tokens=ids.shape[1],
         layers=layers,
     )
+
+
+def _check_activation(config: ArceeConfig) -> None:
+    """Raises InputError for a model whose neurons are not exactly zero when their input is negative."""
+    if config.hidden_act not in SPARSE_ACTIVATIONS:
+        raise InputError(
+            f"{config.source}: hidden_act is {config.hidden_act!r}; expected {' or '.join(map(repr, SPARSE_ACTIVATIONS))}, "
+            f"which give exact zeros; there is nothing to leave out in this model, so run it as it is"
+        )
 
 
 class _Counter:
