@@ -71,13 +71,13 @@ def find_outage(error: BaseException) -> tuple[str, str] | None:
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         if status == 429:
-            return f"{_site()} takes no more requests for now (429)", "wait a while, or log in with `hf auth login`"
+            return f"{site()} takes no more requests for now (429)", "wait a while, or log in with `hf auth login`"
         if status >= 500:
-            return f"{_site()} is in trouble ({status})", "try again later"
+            return f"{site()} is in trouble ({status})", "try again later"
         return None
     if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):
         return (
-            f"{_site()} could not be reached ({type(error).__name__})",
+            f"{site()} could not be reached ({type(error).__name__})",
             "check the network, the proxy and HF_ENDPOINT, and run again",
         )
     return None
@@ -95,13 +95,13 @@ def explain(error: Exception, wanted: Wanted, size_bytes: Mapping[str, int] | No
         return HubError(f"{wanted} could not be downloaded: {outage[0]}; expected an answer; {outage[1]}")
     if isinstance(cause, errors.GatedRepoError):
         return HubError(
-            f"{wanted} is gated; expected an account that may read it; open {_site()}/{wanted.repo_id}, accept the"
+            f"{wanted} is gated; expected an account that may read it; open {site()}/{wanted.repo_id}, accept the"
             f" terms, and log in as that account with `hf auth login`"
         )
     if isinstance(cause, errors.RevisionNotFoundError):
         return HubError(
             f"{wanted.repo_id!r} has no revision {wanted.revision!r}; expected a branch, a tag or a full commit hash;"
-            f" see {_site()}/{wanted.repo_id}, or leave the revision out"
+            f" see {site()}/{wanted.repo_id}, or leave the revision out"
         )
     if isinstance(cause, errors.HfHubHTTPError):
         status = cause.response.status_code
@@ -111,9 +111,9 @@ def explain(error: Exception, wanted: Wanted, size_bytes: Mapping[str, int] | No
                 f" spelling, and if it is private or the token has expired, log in with `hf auth login`"
             )
         if isinstance(cause, errors.DisabledRepoError):
-            return HubError(f"{wanted} is disabled on {_site()}; expected an open repository; choose another one")
+            return HubError(f"{wanted} is disabled on {site()}; expected an open repository; choose another one")
         return HubError(
-            f"{wanted} could not be downloaded: {_site()} answered {status}; expected 200; if it is 403, give the token"
+            f"{wanted} could not be downloaded: {site()} answered {status}; expected 200; if it is 403, give the token"
             f" permission to read and log in again with `hf auth login`, else run again"
         )
     if isinstance(cause, OSError) and cause.errno is not None:
@@ -129,7 +129,7 @@ def explain(error: Exception, wanted: Wanted, size_bytes: Mapping[str, int] | No
             f" can be written; mend its permissions, or set HF_HOME to another one"
         )
     return HubError(
-        f"{wanted} could not be downloaded ({type(cause).__name__}); expected the answers of a hub from {_site()};"
+        f"{wanted} could not be downloaded ({type(cause).__name__}); expected the answers of a hub from {site()};"
         f" check that no proxy or login page stands between and that HF_ENDPOINT is right, and run again"
     )
 
@@ -145,7 +145,7 @@ def _space_needed(wanted: Wanted, size_bytes: Mapping[str, int] | None, cache: s
     return f"room for {total_bytes / 1e9:.2f} GB in all{free}"
 
 
-def _site() -> str:
+def site() -> str:
     """The hub's address, without the name and password that HF_ENDPOINT may hold."""
     from huggingface_hub import constants
 

@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on 127.0.0.1, as much of it as huggingface_hub needs to download a model over plain HTTP."""
+"""A Hugging Face Hub on 127.0.0.1, as much of it as huggingface_hub needs to move a model over plain HTTP."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
+
+from loopback_upload import Uploads, answer_upload
 
 MAIN_COMMIT = "a" * 40
 
@@ -53,6 +55,7 @@ class LoopbackHub:
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.requests: list[Request] = []
+        self.uploads = Uploads()
         self.sent_bytes: Counter[str] = Counter()  # of files' content, by name
         self.is_login_page = False  # answers everything with a web page, as a captive portal does
         self._server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
@@ -101,11 +104,32 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self._answer()
 
+    def do_POST(self) -> None:
+        self._take()
+
+    def do_PUT(self) -> None:
+        self._take()
+
     def log_message(self, format: str, *args: object) -> None:
         pass
 
+    def _take(self) -> None:
+        path = unquote(urlsplit(self.path).path).strip("/")
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            body = b""
+            while size := int(self.rfile.readline(), 16):
+                body += self.rfile.read(size)
+                self.rfile.readline()
+        else:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.hub.requests.append(Request(self.command, path, None, None, self.headers.get("Authorization")))
+        if not answer_upload(self, self.hub, path, body):
+            self._send(404)
+
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path).strip("/")
+        if answer_upload(self, self.hub, path, b""):
+            return
         api = path.removeprefix("api/models/")
         file = None
         if api != path:
