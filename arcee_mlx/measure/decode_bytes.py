@@ -1,154 +1,153 @@
-"""`arcee-mlx sparsity`: the share of zeros a model's squared ReLU gives on a text, and what it promises for decoding."""
+"""DecodeBytes: what a decode step reads from memory, dense, and with the rows of neurons that are zero left out.
+
+The model: a step reads every weight once in the form it is stored in, a row of the embedding for each token, and the KV
+cache in 16 bits. Sparse, the down projections are stored by neuron and only the rows of active neurons are read: a row of
+codes, of scales or of biases costs the whole 128-byte lines it touches, and a line that several rows touch counts for each,
+as if no cache held it; so narrow models come off worse than they are. Partial sums are written and read once.
+"""
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from ..checkpoint.hub import resolve_folder
-from ..checkpoint.loading import open_model
-from ..checkpoint.tokenizer import read_tokenizer
-from ..errors import InputError
-from .decode_bytes import StepBytes, count_decode_bytes
-from .sparsity import UNIONS, SparsityProfile, check_activation, measure_sparsity
-from .sparsity_picture import check_picture, draw_picture
-from .text import read_text, read_windows
+import numpy as np
 
-# State of the Union addresses and Moby-Dick, public domain, which the demo model was not trained on.
-DEFAULT_TEXT = Path(__file__).parent.parent / "conversion" / "recipes" / "verification.txt"
-_WINDOWS, _WINDOW_TOKENS, _CONTEXT_TOKENS = 8, 512, 1024
+from ..checkpoint.files import DTYPES, TensorEntry
+from ..checkpoint.quantization import read_quantization
+from ..model.config import ArceeConfig
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options to a parser; `run` takes what it parses."""
-    parser.add_argument("model", metavar="MODEL", help="checkpoint folder or Hugging Face Hub id")
-    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to read (default: one of the package's)")
-    parser.add_argument(
-        "--num-samples", type=int, default=_WINDOWS, metavar="N", help="windows of the text (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--sequence-length", type=int, metavar="T", help=f"tokens of a window (default: {_WINDOW_TOKENS})"
-    )
-    parser.add_argument(
-        "--context", type=int, metavar="TOKENS", help=f"tokens in the KV cache (default: {_CONTEXT_TOKENS:,})"
-    )
-    parser.add_argument(
-        "--bandwidth", type=float, metavar="GB/s", help="of the memory, for tokens/s: 120 for an M4, 273 for an M4 Pro"
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output, for programs")
-    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw it, too; needs the extra `plot`")
+LINE_BYTES = 128
+SLABS = 16  # parts of the neurons, each with a partial sum of its own
+_SLAB_NEURONS = 32  # that a slab has at least
+_PARTIAL_BYTES = 4  # float32
+_KV_BYTES = 2
+_DOWN = "mlp.down_proj"
 
 
-def run(args: argparse.Namespace) -> int:
-    """Measures and prints; returns the exit status.
+@dataclass(frozen=True, kw_only=True)
+class StepBytes:
+    """What one step reads, for what share of active neurons; from `DecodeBytes.step`.
 
-    Raises:
-        InputError: an option is out of range, the text is too short, or the model has no exact zeros.
-        ArceeError: the checkpoint cannot be used.
+    Attributes:
+        tokens: that the step takes at once: one, or as many as are verified together when drafts are guessed ahead.
+        active: share of the neurons that at least one of them needs, mean of the layers.
+        dense_bytes: every weight.
+        ideal_bytes: no byte of a down projection but those of active neurons.
+        sparse_bytes: the lines of those, and the partial sums.
     """
-    if args.bandwidth is not None and not (math.isfinite(args.bandwidth) and args.bandwidth > 0):
-        raise InputError(f"--bandwidth is {args.bandwidth}; expected GB/s, more than 0; name your machine's")
-    if args.picture is not None:
-        check_picture(args.picture)
-    text = read_text(args.text or DEFAULT_TEXT)
-    folder = resolve_folder(args.model, revision=args.revision)
-    opened = open_model(folder)
-    config = opened.config
-    check_activation(config)
-    most = config.max_position_embeddings
-    length = _choose("--sequence-length", args.sequence_length, min(_WINDOW_TOKENS, most), UNIONS[-1], most)
-    context = _choose("--context", args.context, min(_CONTEXT_TOKENS, most), 0, most)
-    windows = _choose("--num-samples", args.num_samples, _WINDOWS, 1, 2**20)
-    ids = read_windows(
-        read_tokenizer(folder), text, window_tokens=length, max_windows=windows, vocab_size=config.vocab_size
-    )
 
-    from tqdm import tqdm
+    tokens: int
+    active: float
+    dense_bytes: float
+    ideal_bytes: float
+    sparse_bytes: float
 
-    with tqdm(total=config.num_hidden_layers, desc="layers", disable=None, leave=False) as bar:
-        profile = measure_sparsity(opened, ids, on_layer=lambda index: bar.update())
-    entries = {key: opened.checkpoint.entries[name] for key, name in opened.names.items()}
-    decode = count_decode_bytes(config, entries, context_tokens=context)
-    steps = [decode.step(profile.active(tokens), tokens=tokens) for tokens in (1, *UNIONS)]
-    source = (args.text or DEFAULT_TEXT).name
-    if args.json:
-        origin = {"model": args.model, "text": source, "context_tokens": context, "bandwidth_gb_per_s": args.bandwidth}
-        rows = [step.to_dict() | _tokens_per_s(step, args.bandwidth) for step in steps]
-        print(json.dumps(origin | profile.to_dict() | {"steps": rows}, allow_nan=False))
-    else:
-        print("\n".join(describe(args.model, source, profile, steps, context, args.bandwidth)))
-    if args.picture is not None:
-        draw_picture(profile, args.picture, title=folder.name)
-    return 0
+    @property
+    def ideal_speedup(self) -> float:
+        """Dense against ideal, by bytes alone."""
+        return self.dense_bytes / self.ideal_bytes
+
+    @property
+    def speedup(self) -> float:
+        """Dense against sparse, by bytes alone."""
+        return self.dense_bytes / self.sparse_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """In plain values, as JSON holds them; bytes whole."""
+        sizes = {name: round(getattr(self, name)) for name in ("dense_bytes", "ideal_bytes", "sparse_bytes")}
+        speedups = {"ideal_speedup": self.ideal_speedup, "speedup": self.speedup}
+        return {"tokens": self.tokens, "active": self.active, **sizes, **speedups}
 
 
-def describe(
-    model: str, text: str, profile: SparsityProfile, steps: Sequence[StepBytes], context: int, bandwidth: float | None
-) -> Iterator[str]:
-    """The lines of the table for people.
+@dataclass(frozen=True, kw_only=True)
+class DecodeBytes:
+    """Bytes that decoding reads, by part; from `count_decode_bytes`.
+
+    Attributes:
+        weights: all of them but the embedding and the matrices of the down projections.
+        embedding_row: one token's row.
+        kv_cache: at the context length that was asked for.
+        down: of each layer's down projection, as it is stored.
+        active_down: of each layer, the lines of all neurons' rows, stored by neuron and each read by itself.
+        partial_sums: of all layers, for one token.
+    """
+
+    weights: int
+    embedding_row: int
+    kv_cache: int
+    down: Sequence[int]
+    active_down: Sequence[float]
+    partial_sums: int
+
+    def step(self, active: Sequence[float], *, tokens: int = 1) -> StepBytes:
+        """Of a step that takes so many tokens at once; `active` is the share of neurons they need in each layer.
+
+        A matrix read sparse never counts for more than a dense one.
+        """
+        rest = self.weights + self.kv_cache + tokens * self.embedding_row
+        layers = list(zip(active, self.down, self.active_down, strict=True))
+        lines = sum(min(share * rows, matrix) for share, matrix, rows in layers)
+        return StepBytes(
+            tokens=tokens,
+            active=sum(active) / len(active),
+            dense_bytes=rest + sum(self.down),
+            ideal_bytes=rest + sum(share * matrix for share, matrix, _ in layers),
+            sparse_bytes=rest + lines + tokens * self.partial_sums,
+        )
+
+
+def count_decode_bytes(config: ArceeConfig, entries: Mapping[str, TensorEntry], *, context_tokens: int) -> DecodeBytes:
+    """Counts from names, shapes and forms alone; reads no tensor.
 
     Args:
-        model, text: their names.
-        profile: what was measured.
-        steps: what it makes of 1, 2, 4 and 8 tokens.
-        context: tokens in the KV cache.
-        bandwidth: of the memory in GB/s, or None.
+        config: of the model.
+        entries: the model's key -> its tensor; a tied head has none of its own.
+        context_tokens: in the KV cache.
     """
-    yield (
-        f"{model}: {len(profile.layers)} layers of {profile.neurons:,} neurons, {profile.activation}; {text}, "
-        f"{profile.windows} x {profile.window_tokens:,} tokens"
+    prefix = "model." if any(key.startswith("model.") for key in entries) else ""
+    paths = [f"{prefix}layers.{index}.{_DOWN}" for index in range(config.num_hidden_layers)]
+    down = [sum(_matrix_bytes(entries, path)) for path in paths]
+    embedding = sum(_matrix_bytes(entries, f"{prefix}embed_tokens"))
+    is_tied = bool(prefix) and not any(key.startswith("lm_head.") for key in entries)
+    total = sum(entry.nbytes for entry in entries.values())
+    slabs = min(SLABS, math.ceil(config.intermediate_size / _SLAB_NEURONS))
+    written = slabs * config.hidden_size * _PARTIAL_BYTES * config.num_hidden_layers
+    return DecodeBytes(
+        weights=total - sum(down) - (0 if is_tied else embedding),
+        embedding_row=embedding // config.vocab_size,
+        kv_cache=2 * config.kv_heads * config.head_size * _KV_BYTES * config.num_hidden_layers * context_tokens,
+        down=down,
+        active_down=[
+            sum(_count_line_bytes(config.intermediate_size, row) for row in _row_bytes(config, entries, path))
+            for path in paths
+        ],
+        partial_sums=2 * written,
     )
-    yield from ("", *_describe_layers(profile), "", *_describe_steps(steps, bandwidth), "")
-    one = steps[0]
-    yield (
-        f"{profile.zeros:.1%} of the neurons are zero for a token. Decoding that skips them reads "
-        f"{one.sparse_bytes / 1e6:,.1f} of {one.dense_bytes / 1e6:,.1f} MB:"
-    )
-    yield f"{one.speedup:.2f} times as fast as dense, if reading is all that takes time ({context:,} tokens in the KV cache)."
 
 
-def _describe_layers(profile: SparsityProfile) -> Iterator[str]:
-    yield "         zeros of a token         neurons that fire       firing rate       needed by M tokens"
-    yield "layer    mean   least    most    never   < 1 %  always    median     90 %      M=2     M=4     M=8"
-    for layer in profile.layers:
-        values = layer.to_dict()
-        zeros, rates = values["zeros"], values["firing_rates"]
-        groups = (
-            (zeros["mean"], zeros["min"], zeros["max"]),
-            (rates["dead"], rates["below_1_percent"], rates["always_on"]),
-            (rates["quantiles"]["0.5"], rates["quantiles"]["0.9"]),
-            tuple(layer.active[tokens] for tokens in UNIONS),
-        )
-        yield f"{layer.index:5d}" + " ".join("".join(f"{share:8.1%}" for share in group) for group in groups)
+def _matrix_bytes(entries: Mapping[str, TensorEntry], path: str) -> Iterator[int]:
+    for name in ("weight", "weight_by_neuron", "scales", "biases"):
+        if (entry := entries.get(f"{path}.{name}")) is not None:
+            yield entry.nbytes
 
 
-def _describe_steps(steps: Sequence[StepBytes], bandwidth: float | None) -> Iterator[str]:
-    rate = "" if bandwidth is None else f"   tokens/s at {bandwidth:g} GB/s, all M kept"
-    yield f"                     MB read         speed-up by bytes{rate}"
-    kinds = "" if bandwidth is None else "      dense     sparse"
-    yield f"  M  needed     dense    sparse     sparse    ideal{kinds}"
-    for step in steps:
-        line = (
-            f"{step.tokens:3d}{step.active:8.1%}{step.dense_bytes / 1e6:10,.1f}{step.sparse_bytes / 1e6:10,.1f}"
-            f"{step.speedup:11.2f}{step.ideal_speedup:9.2f}"
-        )
-        yield line + "".join(f" {rate:10,.1f}" for rate in _tokens_per_s(step, bandwidth).values())
+def _row_bytes(config: ArceeConfig, entries: Mapping[str, TensorEntry], path: str) -> list[int]:
+    """Of a neuron's row of each array, were the matrix stored by neuron in the form it has."""
+    scales = entries.get(f"{path}.scales")
+    form = None if scales is None else read_quantization(config.quantization or {}, path)
+    hidden = config.hidden_size
+    if scales is not None and form is not None and hidden % form.group_size == 0:
+        arrays = form.pack(1, hidden, scales.dtype).values()
+        return [math.prod(shape) * DTYPES[dtype][0].size for dtype, shape in arrays]
+    norm = next(entry for key, entry in entries.items() if key.endswith("norm.weight"))  # in the model's float dtype
+    return [hidden * DTYPES[norm.dtype][0].size]
 
 
-def _tokens_per_s(step: StepBytes, bandwidth: float | None) -> dict[str, float]:
-    """The most that a bandwidth in GB/s allows: all of a step's tokens are kept, and reading is all that takes time."""
-    if bandwidth is None:
-        return {}
-    read = {"dense_tokens_per_s": step.dense_bytes, "sparse_tokens_per_s": step.sparse_bytes}
-    return {name: step.tokens * bandwidth * 1e9 / nbytes for name, nbytes in read.items()}
-
-
-def _choose(name: str, value: int | None, default: int, least: int, most: int) -> int:
-    value = default if value is None else value
-    if not least <= value <= most:
-        raise InputError(f"{name} is {value}; expected {least} to {most}; choose a number in this range")
-    return value
+def _count_line_bytes(rows: int, row_bytes: int) -> float:
+    """Bytes of the lines that rows one after the other touch, each row's counted by itself."""
+    starts = np.arange(rows, dtype=np.int64) * row_bytes
+    touched = (starts + row_bytes - 1) // LINE_BYTES - starts // LINE_BYTES + 1
+    return float(touched.sum()) * LINE_BYTES

@@ -1,154 +1,198 @@
-"""`arcee-mlx sparsity`: the share of zeros a model's squared ReLU gives on a text, and what it promises for decoding."""
+"""measure_sparsity: which neurons a text leaves at zero after the activation, layer by layer, whatever the model's size.
+
+Computed in float32 on every device: half precision rounds a few inputs next to zero the other way, and no more.
+"""
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from ..checkpoint.hub import resolve_folder
-from ..checkpoint.loading import open_model
-from ..checkpoint.tokenizer import read_tokenizer
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from ..checkpoint.loading import OpenedModel
 from ..errors import InputError
-from .decode_bytes import StepBytes, count_decode_bytes
-from .sparsity import UNIONS, SparsityProfile, check_activation, measure_sparsity
-from .sparsity_picture import check_picture, draw_picture
-from .text import read_text, read_windows
+from ..model.activations import ACTIVATIONS
+from ..model.config import ArceeConfig
+from ..model.inputs import check_ids
+from .layers import LayerStream, WeightReader, check_finite
 
-# State of the Union addresses and Moby-Dick, public domain, which the demo model was not trained on.
-DEFAULT_TEXT = Path(__file__).parent.parent / "conversion" / "recipes" / "verification.txt"
-_WINDOWS, _WINDOW_TOKENS, _CONTEXT_TOKENS = 8, 512, 1024
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options to a parser; `run` takes what it parses."""
-    parser.add_argument("model", metavar="MODEL", help="checkpoint folder or Hugging Face Hub id")
-    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to read (default: one of the package's)")
-    parser.add_argument(
-        "--num-samples", type=int, default=_WINDOWS, metavar="N", help="windows of the text (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--sequence-length", type=int, metavar="T", help=f"tokens of a window (default: {_WINDOW_TOKENS})"
-    )
-    parser.add_argument(
-        "--context", type=int, metavar="TOKENS", help=f"tokens in the KV cache (default: {_CONTEXT_TOKENS:,})"
-    )
-    parser.add_argument(
-        "--bandwidth", type=float, metavar="GB/s", help="of the memory, for tokens/s: 120 for an M4, 273 for an M4 Pro"
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output, for programs")
-    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw it, too; needs the extra `plot`")
+SPARSE_ACTIVATIONS = ("relu2", "relu")
+UNIONS = (2, 4, 8)  # tokens of one step, each twice the one before
+QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
+RARE = 0.01
 
 
-def run(args: argparse.Namespace) -> int:
-    """Measures and prints; returns the exit status.
+@dataclass(frozen=True, kw_only=True)
+class LayerSparsity:
+    """What a layer's neurons do on a text.
 
-    Raises:
-        InputError: an option is out of range, the text is too short, or the model has no exact zeros.
-        ArceeError: the checkpoint cannot be used.
+    Attributes:
+        index: of the layer.
+        zeros: float64 (N, T), share of the neurons that are exactly zero, for each token.
+        firing_rates: float64 (F,), share of the tokens for which a neuron is not zero.
+        active: tokens of a step -> mean share of the neurons that at least one of so many consecutive tokens needs;
+            1, 2, 4 and 8.
     """
-    if args.bandwidth is not None and not (math.isfinite(args.bandwidth) and args.bandwidth > 0):
-        raise InputError(f"--bandwidth is {args.bandwidth}; expected GB/s, more than 0; name your machine's")
-    if args.picture is not None:
-        check_picture(args.picture)
-    text = read_text(args.text or DEFAULT_TEXT)
-    folder = resolve_folder(args.model, revision=args.revision)
-    opened = open_model(folder)
-    config = opened.config
-    check_activation(config)
-    most = config.max_position_embeddings
-    length = _choose("--sequence-length", args.sequence_length, min(_WINDOW_TOKENS, most), UNIONS[-1], most)
-    context = _choose("--context", args.context, min(_CONTEXT_TOKENS, most), 0, most)
-    windows = _choose("--num-samples", args.num_samples, _WINDOWS, 1, 2**20)
-    ids = read_windows(
-        read_tokenizer(folder), text, window_tokens=length, max_windows=windows, vocab_size=config.vocab_size
-    )
 
-    from tqdm import tqdm
+    index: int
+    zeros: NDArray[np.float64]
+    firing_rates: NDArray[np.float64]
+    active: dict[int, float]
 
-    with tqdm(total=config.num_hidden_layers, desc="layers", disable=None, leave=False) as bar:
-        profile = measure_sparsity(opened, ids, on_layer=lambda index: bar.update())
-    entries = {key: opened.checkpoint.entries[name] for key, name in opened.names.items()}
-    decode = count_decode_bytes(config, entries, context_tokens=context)
-    steps = [decode.step(profile.active(tokens), tokens=tokens) for tokens in (1, *UNIONS)]
-    source = (args.text or DEFAULT_TEXT).name
-    if args.json:
-        origin = {"model": args.model, "text": source, "context_tokens": context, "bandwidth_gb_per_s": args.bandwidth}
-        rows = [step.to_dict() | _tokens_per_s(step, args.bandwidth) for step in steps]
-        print(json.dumps(origin | profile.to_dict() | {"steps": rows}, allow_nan=False))
-    else:
-        print("\n".join(describe(args.model, source, profile, steps, context, args.bandwidth)))
-    if args.picture is not None:
-        draw_picture(profile, args.picture, title=folder.name)
-    return 0
+    @property
+    def dead(self) -> float:
+        """Share of the neurons that no token of the text needs."""
+        return float((self.firing_rates == 0).mean())
+
+    @property
+    def rare(self) -> float:
+        """Share of those that fewer than a hundredth of the tokens need, the dead included."""
+        return float((self.firing_rates < RARE).mean())
+
+    @property
+    def always_on(self) -> float:
+        """Share of those that every token needs."""
+        return float((self.firing_rates == 1).mean())
+
+    def to_dict(self) -> dict[str, Any]:
+        """In plain values, as JSON holds them: without the arrays, of which it has mean, range and quantiles."""
+        rates = np.quantile(self.firing_rates, QUANTILES)
+        return {
+            "index": self.index,
+            "zeros": {
+                "mean": float(self.zeros.mean()), "min": float(self.zeros.min()), "max": float(self.zeros.max())
+            },
+            "firing_rates": {
+                "dead": self.dead,
+                "below_1_percent": self.rare,
+                "always_on": self.always_on,
+                "quantiles": {str(q): float(rate) for q, rate in zip(QUANTILES, rates, strict=True)},
+            },
+            "active": {str(tokens): share for tokens, share in self.active.items()},
+        }  # fmt: skip
 
 
-def describe(
-    model: str, text: str, profile: SparsityProfile, steps: Sequence[StepBytes], context: int, bandwidth: float | None
-) -> Iterator[str]:
-    """The lines of the table for people.
+@dataclass(frozen=True, kw_only=True)
+class SparsityProfile:
+    """What a model's neurons do on a text; from `measure_sparsity`.
+
+    Attributes:
+        activation: "relu2" or "relu".
+        neurons: of a layer.
+        windows, window_tokens: of the text, each read from position 0.
+        layers: in their order.
+    """
+
+    activation: str
+    neurons: int
+    windows: int
+    window_tokens: int
+    layers: Sequence[LayerSparsity]
+
+    @property
+    def zeros(self) -> float:
+        """Share of zeros over all layers and tokens."""
+        return float(np.mean([layer.zeros.mean() for layer in self.layers]))
+
+    def active(self, tokens: int) -> list[float]:
+        """Of each layer, the share of the neurons that a step of 1, 2, 4 or 8 tokens needs."""
+        return [layer.active[tokens] for layer in self.layers]
+
+    def to_dict(self) -> dict[str, Any]:
+        """In plain values, as JSON holds them."""
+        return {
+            "activation": self.activation,
+            "neurons": self.neurons,
+            "windows": self.windows,
+            "window_tokens": self.window_tokens,
+            "zeros": self.zeros,
+            "layers": [layer.to_dict() for layer in self.layers],
+        }
+
+
+def measure_sparsity(
+    opened: OpenedModel, ids: mx.array, *, on_layer: Callable[[int], object] | None = None
+) -> SparsityProfile:
+    """Runs a text through a model with one layer in memory, and counts the neurons that are not zero.
 
     Args:
-        model, text: their names.
-        profile: what was measured.
-        steps: what it makes of 1, 2, 4 and 8 tokens.
-        context: tokens in the KV cache.
-        bandwidth: of the memory in GB/s, or None.
+        opened: a checkpoint, float or quantized, in any layout.
+        ids: int (N, T), windows of a text, from `read_windows`; T at least 8.
+        on_layer: told the index of each layer that is done.
+
+    Raises:
+        InputError: the activation gives no exact zeros, the windows are too short, or the ids do not fit the model.
+        CheckpointError: a file cannot be read.
+        ArceeError: the model gives Inf or NaN; names the layer.
     """
-    yield (
-        f"{model}: {len(profile.layers)} layers of {profile.neurons:,} neurons, {profile.activation}; {text}, "
-        f"{profile.windows} x {profile.window_tokens:,} tokens"
-    )
-    yield from ("", *_describe_layers(profile), "", *_describe_steps(steps, bandwidth), "")
-    one = steps[0]
-    yield (
-        f"{profile.zeros:.1%} of the neurons are zero for a token. Decoding that skips them reads "
-        f"{one.sparse_bytes / 1e6:,.1f} of {one.dense_bytes / 1e6:,.1f} MB:"
-    )
-    yield f"{one.speedup:.2f} times as fast as dense, if reading is all that takes time ({context:,} tokens in the KV cache)."
-
-
-def _describe_layers(profile: SparsityProfile) -> Iterator[str]:
-    yield "         zeros of a token         neurons that fire       firing rate       needed by M tokens"
-    yield "layer    mean   least    most    never   < 1 %  always    median     90 %      M=2     M=4     M=8"
-    for layer in profile.layers:
-        values = layer.to_dict()
-        zeros, rates = values["zeros"], values["firing_rates"]
-        groups = (
-            (zeros["mean"], zeros["min"], zeros["max"]),
-            (rates["dead"], rates["below_1_percent"], rates["always_on"]),
-            (rates["quantiles"]["0.5"], rates["quantiles"]["0.9"]),
-            tuple(layer.active[tokens] for tokens in UNIONS),
+    config = opened.config
+    _check_activation(config)
+    if ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < UNIONS[-1]:
+        raise InputError(
+            f"ids have shape {ids.shape}; expected (windows, tokens), {UNIONS[-1]} tokens at least; take longer windows"
         )
-        yield f"{layer.index:5d}" + " ".join("".join(f"{share:8.1%}" for share in group) for group in groups)
+    check_ids(ids, 0, config.vocab_size, "ids")
+    entries = {key: opened.checkpoint.entries[name] for key, name in opened.names.items()}
+    stream = LayerStream(config, WeightReader(entries, config.quantization))
+    h = stream.embed(ids)
+    layers = []
+    for index in range(config.num_hidden_layers):
+        with stream.layer(index) as layer:
+            counter = _Counter(ACTIVATIONS[config.hidden_act])
+            layer.mlp.act_fn = counter
+            h = stream.run(layer, h)
+        check_finite(h, f"{config.source}: layer {index}")
+        layers.append(counter.summarize(index))
+        if on_layer is not None:
+            on_layer(index)
+    return SparsityProfile(
+        activation=config.hidden_act,
+        neurons=config.intermediate_size,
+        windows=ids.shape[0],
+        window_tokens=ids.shape[1],
+        layers=layers,
+    )
 
 
-def _describe_steps(steps: Sequence[StepBytes], bandwidth: float | None) -> Iterator[str]:
-    rate = "" if bandwidth is None else f"   tokens/s at {bandwidth:g} GB/s, all M kept"
-    yield f"                     MB read         speed-up by bytes{rate}"
-    kinds = "" if bandwidth is None else "      dense     sparse"
-    yield f"  M  needed     dense    sparse     sparse    ideal{kinds}"
-    for step in steps:
-        line = (
-            f"{step.tokens:3d}{step.active:8.1%}{step.dense_bytes / 1e6:10,.1f}{step.sparse_bytes / 1e6:10,.1f}"
-            f"{step.speedup:11.2f}{step.ideal_speedup:9.2f}"
+def _check_activation(config: ArceeConfig) -> None:
+    """Raises InputError for a model whose neurons are not exactly zero when their input is negative."""
+    if config.hidden_act not in SPARSE_ACTIVATIONS:
+        raise InputError(
+            f"{config.source}: hidden_act is {config.hidden_act!r}; expected {' or '.join(map(repr, SPARSE_ACTIVATIONS))}, "
+            f"which give exact zeros; there is nothing to leave out in this model, so run it as it is"
         )
-        yield line + "".join(f" {rate:10,.1f}" for rate in _tokens_per_s(step, bandwidth).values())
 
 
-def _tokens_per_s(step: StepBytes, bandwidth: float | None) -> dict[str, float]:
-    """The most that a bandwidth in GB/s allows: all of a step's tokens are kept, and reading is all that takes time."""
-    if bandwidth is None:
-        return {}
-    read = {"dense_tokens_per_s": step.dense_bytes, "sparse_tokens_per_s": step.sparse_bytes}
-    return {name: step.tokens * bandwidth * 1e9 / nbytes for name, nbytes in read.items()}
+class _Counter:
+    """Stands in for a layer's activation function, and counts what it gives."""
 
+    def __init__(self, activation: Callable[[mx.array], mx.array]) -> None:
+        self._activation = activation
+        self._firing = np.zeros(())
+        self._needed: dict[int, list[NDArray[Any]]] = {tokens: [] for tokens in (1, *UNIONS)}
 
-def _choose(name: str, value: int | None, default: int, least: int, most: int) -> int:
-    value = default if value is None else value
-    if not least <= value <= most:
-        raise InputError(f"{name} is {value}; expected {least} to {most}; choose a number in this range")
-    return value
+    def __call__(self, x: mx.array) -> mx.array:
+        """(n, T, F), whole windows."""
+        values = self._activation(x)
+        active = values != 0
+        self._firing = self._firing + np.array(active.sum(axis=(0, 1)))
+        self._neurons = x.shape[-1]
+        self._needed[1].append(np.array(active.sum(axis=-1)))
+        for tokens in UNIONS:
+            even = active.shape[1] // 2 * 2
+            active = active[:, 0:even:2] | active[:, 1:even:2]
+            self._needed[tokens].append(np.array(active.sum(axis=-1)))
+        return values
+
+    def summarize(self, index: int) -> LayerSparsity:
+        needed = {tokens: np.concatenate(counts) / self._neurons for tokens, counts in self._needed.items()}
+        return LayerSparsity(
+            index=index,
+            zeros=1 - needed[1],
+            firing_rates=self._firing / needed[1].size,
+            active={tokens: float(shares.mean()) for tokens, shares in needed.items()},
+        )

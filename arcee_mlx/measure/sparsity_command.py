@@ -13,7 +13,7 @@ from ..checkpoint.loading import open_model
 from ..checkpoint.tokenizer import read_tokenizer
 from ..errors import InputError
 from .decode_bytes import StepBytes, count_decode_bytes
-from .sparsity import UNIONS, SparsityProfile, check_activation, measure_sparsity
+from .sparsity import UNIONS, SparsityProfile, measure_sparsity
 from .sparsity_picture import check_picture, draw_picture
 from .text import read_text, read_windows
 
@@ -58,7 +58,6 @@ def run(args: argparse.Namespace) -> int:
     folder = resolve_folder(args.model, revision=args.revision)
     opened = open_model(folder)
     config = opened.config
-    check_activation(config)
     most = config.max_position_embeddings
     length = _choose("--sequence-length", args.sequence_length, min(_WINDOW_TOKENS, most), UNIONS[-1], most)
     context = _choose("--context", args.context, min(_CONTEXT_TOKENS, most), 0, most)
