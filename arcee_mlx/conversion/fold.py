@@ -18,8 +18,8 @@ from ..checkpoint.files import TensorEntry, read_rows
 from ..model.relu2.symmetry import bound_neurons, fold_exponents
 from .plan import PlannedTensor
 
-# Recorded maxima are of one text: others may reach further.
-HEADROOM = 2.0
+# Recorded maxima are of one text: others may reach further. Where the bound is lower, the bound is taken.
+HEADROOM = 4.0
 _SLICE_ROWS = 2048
 
 
