@@ -89,6 +89,7 @@ def plan_conversion(
     conversion = Conversion(
         source=hub_id or folder.resolve().name,
         folder=target,
+        recipe=recipe,
         form=describe_form(tensors),
         is_quantized=any(t.quantization for t in tensors),
         dtype=dtype,
