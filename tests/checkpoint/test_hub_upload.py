@@ -117,20 +117,21 @@ def test_card_keeps_its_metadata_and_its_text(hub: LoopbackHub, account: Account
     assert card.content.encode() == CARD
 
 
+@pytest.mark.parametrize(("first", "second"), [(SHARDED, ONE_FILE), (ONE_FILE, SHARDED)], ids=["to one", "to shards"])
 def test_second_upload_is_a_new_commit_without_the_weights_of_the_first(
-    hub: LoopbackHub, transfer: str, tmp_path: Path
+    hub: LoopbackHub, transfer: str, tmp_path: Path, first: dict[str, bytes], second: dict[str, bytes]
 ) -> None:
-    upload_folder(write(tmp_path / "first", {**SHARDED, "logo.png": b"PNG"}), "org/model")
-    first = hub.repos["org/model"].branches["main"]
-    upload_folder(write(tmp_path / "second", ONE_FILE), "org/model")
-    assert [commit for commit, _ in hub.uploads.commits] == [first, hub.repos["org/model"].branches["main"]]
-    kept = {name: SHARDED[name] for name in ("tokenizer.json", "additional_chat_templates/tools.jinja")}
-    assert remote(hub) == {**kept, "logo.png": b"PNG", **ONE_FILE}
-    assert contents(resolve_folder("org/model", revision=first)) == SHARDED
+    upload_folder(write(tmp_path / "first", {**first, "logo.png": b"PNG"}), "org/model")
+    commit = hub.repos["org/model"].branches["main"]
+    upload_folder(write(tmp_path / "second", second), "org/model")
+    assert [made for made, _ in hub.uploads.commits] == [commit, hub.repos["org/model"].branches["main"]]
+    kept = {name: data for name, data in first.items() if not name.startswith("model")}
+    assert remote(hub) == {**kept, "logo.png": b"PNG", **second}
+    assert contents(resolve_folder("org/model", revision=commit)) == first
 
 
 def test_weights_elsewhere_in_the_repository_stay(hub: LoopbackHub, account: Account, tmp_path: Path) -> None:
-    others = dict.fromkeys(("fp16/model.safetensors", "model-q4.gguf", "adapter_model.safetensors"), b"kept")
+    others = dict.fromkeys(("fp16/model.safetensors", "models/x.safetensors", "model-q4.gguf"), b"kept")
     hub.add("org/model", others)
     upload_folder(write(tmp_path / "made", SHARDED), "org/model")
     assert remote(hub) == others | SHARDED
