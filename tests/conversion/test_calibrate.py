@@ -9,6 +9,7 @@ import pytest
 from arcee_mlx import ArceeConfig, ArceeModel, load_model
 from arcee_mlx.conversion import calibrate, work_folder
 from arcee_mlx.conversion.error_feedback import round_to_nearest
+from arcee_mlx.conversion.fold import Scaling
 from arcee_mlx.conversion.progress import Quiet
 from arcee_mlx.conversion.recipes import Quantization, Recipe, Rule
 from arcee_mlx.conversion.rescale import NeuronUse, choose_factors
@@ -396,13 +397,24 @@ def test_neurons_are_rescaled_only_where_they_share_a_scale(tmp_path, text, monk
     weights["model.layers.0.mlp.up_proj.weight"] *= mx.exp(1.5 * mx.random.normal((128, 1), key=mx.random.key(1)))
     source = write_source(tmp_path / "in", weights, **SHAPE)
     write_tokenizer(source)
-    facts = {}
-    finish = work_folder.WorkFolder.finish
-    monkeypatch.setattr(
-        work_folder.WorkFolder,
-        "finish",
-        lambda self, name, own, sync: (facts.update({name: own}), finish(self, name, own, sync)),
-    )
+    facts, chosen = {}, []
+    finish, choose = work_folder.WorkFolder.finish, calibrate.choose_factors
+
+    def note_facts(self, name, own, sync):
+        facts[name] = own
+        finish(self, name, own, sync)
+
+    def note_factors(*args):
+        chosen.append(choose(*args))
+        return chosen[-1]
+
+    monkeypatch.setattr(work_folder.WorkFolder, "finish", note_facts)
+    monkeypatch.setattr(calibrate, "choose_factors", note_factors)
     convert(source, tmp_path / "out", recipe, calibrate=text, **OPTIONS)
-    assert {name for name, own in facts.items() if own} >= ({"model.layers.0.mlp.up_proj.weight"} if scales else set())
-    assert scales or not any(facts.values())
+    if not scales:
+        assert not chosen and not any(facts.values())
+        return
+    assert len(chosen) == 2 and not (chosen[0] == 1).all()
+    up, down = (Scaling.from_dict(facts[f"model.layers.0.mlp.{name}.weight"]) for name in ("up_proj", "down_proj"))
+    np.testing.assert_allclose(np.array(down.columns), chosen[0], rtol=1e-5)
+    np.testing.assert_allclose(np.array(up.rows), chosen[0] ** -0.5, rtol=1e-5)
