@@ -242,7 +242,7 @@ class Calibration:
         factors = np.ones(layer.mlp.down_proj.weight.shape[1])
         if down.quantization is not None and not down.by_neuron:
             weight = np.array(layer.mlp.down_proj.weight)
-            factors = choose_factors(weight, use, down.quantization, DTYPES[down.dtype][0]) ** 0.5
+            factors = choose_factors(weight, use, down.quantization, DTYPES[down.dtype][0]) ** -0.5
         if self._folds:
             folded = layer_scalings(path, HEADROOM * use.maxima * factors, self._planned.tensors, has_bias=has_bias)
             if folded:
