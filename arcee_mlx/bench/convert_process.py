@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from .. import upstream
 from ..checkpoint.quantization import Quantization
-from ..conversion.report import peak_memory_bytes
+from ..conversion.result import peak_memory_bytes
 from ..errors import ArceeError, InputError
 from ..program import run_program
 from . import plain_port

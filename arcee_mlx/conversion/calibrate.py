@@ -20,6 +20,7 @@ from ..checkpoint.files import DTYPES, TensorEntry
 from ..errors import ConversionError, InputError
 from ..measure.layers import CAUSAL, LayerStream, WeightReader, check_finite
 from ..model.decoder import DecoderLayer
+from ..model.relu2.symmetry import bound_neurons
 from ..model.rope import Rotation
 from .error_feedback import ErrorFeedback, Floats, correct_weight, round_to_nearest
 from .fold import HEADROOM, Scaling, find_down, layer_scalings, needs_fold, scale_neurons
@@ -239,14 +240,16 @@ class Calibration:
         """Decides what the layer's neurons are scaled by, before their matrices are rounded."""
         if self._planned.source.config.hidden_act != "relu2":
             return
-        down = find_down(path, self._planned.tensors)
-        has_bias = "bias" in layer.mlp.up_proj
-        factors = np.ones(layer.mlp.down_proj.weight.shape[1])
+        mlp, down = layer.mlp, find_down(path, self._planned.tensors)
+        has_bias = "bias" in mlp.up_proj
+        factors = np.ones(mlp.down_proj.weight.shape[1])
         if down.quantization is not None and not down.by_neuron:
-            weight = np.array(layer.mlp.down_proj.weight)
+            weight = np.array(mlp.down_proj.weight)
             factors = choose_factors(weight, use, down.quantization, DTYPES[down.dtype][0]) ** -0.5
         if self._folds:
-            folded = layer_scalings(path, HEADROOM * use.maxima * factors, self._planned.tensors, has_bias=has_bias)
+            bounds = bound_neurons(mlp.up_proj.weight, layer.post_attention_layernorm.weight, mlp.up_proj.get("bias"))
+            maxima = np.minimum(bounds, HEADROOM * use.maxima) * factors
+            folded = layer_scalings(path, maxima, self._planned.tensors, has_bias=has_bias)
             if folded:
                 factors = factors * np.array(folded[f"{path}.mlp.up_proj.weight"].rows)
         if (factors != 1).any():

@@ -22,7 +22,6 @@ from .work_folder import can_be_resumed, measure_disk
 DESCRIPTION = "Convert a Hugging Face checkpoint of Arcee's dense decoder to MLX, by default to 4 bits in groups of 64."
 _REFUSED = {
     ("-d", "--dequantize"): "convert the original float checkpoint instead",
-    ("--upload-repo",): "upload the folder afterwards with `hf upload REPO FOLDER`",
     ("--trust-remote-code",): "code of a checkpoint is never run, and this model needs none",
 }
 
@@ -41,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-samples", type=int, metavar="N", help=f"sequences to calibrate on (default: {NUM_SAMPLES})"
     )
     parser.add_argument("--sequence-length", type=int, metavar="N", help=f"tokens of each (default: {SEQUENCE_LENGTH})")
+    parser.add_argument(
+        "--verify", nargs="?", const=True, default=False, metavar="TEXT",
+        help="compare with the source on a text, the package's own or this file; --calibrate and --upload-repo imply it",
+    )  # fmt: skip
+    parser.add_argument("--upload-repo", metavar="USER/NAME", help="upload the result to the Hugging Face Hub")
     parser.add_argument("--force", action="store_true", help="replace the converted model that is at --mlx-path")
     parser.add_argument("--dry-run", action="store_true", help="print what would be written, and write nothing")
     parser.add_argument(
@@ -88,6 +92,8 @@ def run(arguments: argparse.Namespace) -> int:
             calibrate=arguments.calibrate,
             num_samples=arguments.num_samples or NUM_SAMPLES,
             sequence_length=arguments.sequence_length or SEQUENCE_LENGTH,
+            verify=arguments.verify,
+            upload_repo=arguments.upload_repo,
             reporter=reporter,
         )
     except (KeyboardInterrupt, CheckpointError) as error:

@@ -18,7 +18,7 @@ from ..model.config import ArceeConfig, layout_entry, read_json
 from ..model.decoder import ArceeForCausalLM
 from .plan import PlannedTensor, describe_form, find_undivided, plan_tensors, quantization_table
 from .recipes import Recipe
-from .report import Conversion
+from .result import Conversion
 from .work_folder import measure_disk
 
 # Copied byte for byte. README.md is not among them: the conversion has a card of its own.
@@ -88,6 +88,7 @@ def plan_conversion(
     carried = find_files(folder, _CARRIED)
     conversion = Conversion(
         source=hub_id or folder.resolve().name,
+        revision=None if hub_id is None else folder.name,
         folder=target,
         recipe=recipe,
         form=describe_form(tensors),

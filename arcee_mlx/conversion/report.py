@@ -8,16 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.files import write_json
-from .card import write_card as write_card
-from .checks import check_structure
 from .plan import PlannedTensor
-from .result import Conversion as Conversion
-from .result import describe_bytes
-from .result import peak_memory_bytes as peak_memory_bytes
+from .result import Conversion, describe_bytes, peak_memory_bytes
 
 REPORT_FILE = "conversion.json"
 _FORMAT = 1  # of conversion.json
-verify = check_structure  # until run.py calls check_result
 
 
 def write_report(
@@ -55,6 +50,8 @@ def summarize(conversion: Conversion) -> str:
         f"form    {conversion.form}; {conversion.bits_per_weight:.3f} bits per weight",
         f"effort  {conversion.seconds:.1f} s, {describe_bytes(peak_memory_bytes())} peak memory",
     ]
+    if conversion.scaled_neurons:
+        lines.append(f"scaled  {conversion.scaled_neurons:,} neurons, which their down projections take back")
     lines += _describe_quality(conversion)
     if conversion.float_layers:
         first, more = conversion.float_layers[0], len(conversion.float_layers) - 1

@@ -34,6 +34,8 @@ class Conversion:
         source_bytes: of the source's tensors.
         bytes: of the converted tensors.
         calibration: the text that rounding was calibrated on, or None.
+        scaled_neurons: multiplied by a factor before their activation and by its inverse square after it, so that
+            float16 squares stay finite or rounding costs less.
         errors: of the weights, by the names of their tensors, from `check_result`.
         comparison: with the source, on a text, or None.
         verification: that text.
@@ -53,6 +55,7 @@ class Conversion:
     bytes: int
     revision: str | None = None
     calibration: Sample | None = None
+    scaled_neurons: int = 0
     errors: Mapping[str, float] = field(default_factory=dict)
     comparison: Comparison | None = None
     verification: Sample | None = None
@@ -79,6 +82,7 @@ class Conversion:
             "bytes": self.bytes,
             "bits_per_weight": self.bits_per_weight,
             "calibration": _describe_sample(self.calibration),
+            "scaled_neurons": self.scaled_neurons,
             "errors": dict(self.errors),
             "comparison": None if self.comparison is None else self.comparison.to_dict(),
             "verification": _describe_sample(self.verification),

@@ -272,7 +272,7 @@ def test_layers_that_stay_floats_are_named_in_the_result(tmp_path):
 
 _MEASURED = """
 import sys
-from arcee_mlx.conversion.report import peak_memory_bytes
+from arcee_mlx.conversion.result import peak_memory_bytes
 from arcee_mlx.conversion.run import convert
 convert(sys.argv[1], sys.argv[2])
 print(peak_memory_bytes())
