@@ -101,7 +101,7 @@ class Calibration:
                 wanted, given = source.norm(wanted), result.norm(given)
                 moments.add(given, given)
                 cross.add(wanted - given, given)
-            yield from self._convert_rows("lm_head", moments.mean(), cross.mean())
+            yield from self._convert_rows("lm_head", moments.take_mean(), cross.take_mean())
 
     def _convert_layer(self, index: int, pair: _Pair) -> Iterator[Converted]:
         """Converts what is pending of a layer and moves both streams behind it."""
@@ -186,7 +186,7 @@ class Calibration:
         shift: _Moments | None = None,
     ) -> Iterator[Converted]:
         """Converts the matrices of linear layers with the same inputs; `cross` or `shift` says what they should make good."""
-        feedback = None
+        feedback = mean = drift = None
         for name in names:
             key = f"{path}.{name}.weight"
             if key not in self._pending:
@@ -195,17 +195,17 @@ class Calibration:
             if tensor.quantization is None:
                 yield from self._convert_plainly(key)
                 continue
-            if feedback is None:
-                mean = moments.mean()
-                feedback = ErrorFeedback(mean)
+            if mean is None:
+                mean, drift = moments.take_mean(), None if cross is None else cross.take_mean()
             weight: Floats = np.array(self._source.weights.matrix(f"{path}.{name}"), dtype=mean.dtype)
-            if cross is not None:
-                weight = correct_weight(weight, weight @ cross.mean(), mean)
+            if drift is not None:
+                weight = correct_weight(weight, weight @ drift, mean)
             scaling = self._scalings.get(key)
             if scaling is not None:
                 weight = np.array(scaling.apply(mx.array(weight.astype(np.float32))), dtype=mean.dtype)
             if shift is not None:
-                weight = correct_weight(weight, shift.mean(), mean)
+                weight = correct_weight(weight, shift.take_mean(), mean)
+            feedback = feedback or ErrorFeedback(mean)  # after the correction, whose factor is as large as its own
             dtype = DTYPES[tensor.dtype][0]
             _check_range(weight, tensor)
             rounding = feedback.round_by_row if tensor.by_neuron else feedback.round_by_column
@@ -266,7 +266,7 @@ class Calibration:
         for part, _ in _Pair(h, h).parts():
             final = source.norm(part)
             moments.add(final, final)
-        mean = moments.mean()
+        mean = moments.take_mean()
         return mean / np.diag(mean).mean() + _EMBEDDING_SHARE * np.eye(len(mean))
 
 
@@ -338,12 +338,14 @@ class _Moments:
         self._tokens += a.shape[0]
         mx.eval(self._sum)
 
-    def mean(self) -> Floats:
-        """(m, n)."""
+    def take_mean(self) -> Floats:
+        """(m, n); gives up the sum, which of 18,432 neurons takes 1.4 GB."""
         assert self._sum is not None
         check_finite(self._sum, "a product of activations on the calibration text")
         dtype = np.float64 if self._sum.shape[1] <= _MOST_FLOAT64_INPUTS else np.float32
-        mean: Floats = np.array(self._sum / self._tokens).astype(dtype)
+        mean: Floats = np.array(self._sum).astype(dtype)
+        self._sum = None
+        mean /= self._tokens
         return mean
 
 

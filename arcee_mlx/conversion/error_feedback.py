@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint.quantization import Quantization
+from .cholesky import factorize, solve_factored
 
 Floats = NDArray[np.floating]
 # Share of the mean of H's diagonal that is added to it: against directions the calibration text hardly has.
@@ -60,12 +61,13 @@ class ErrorFeedback:
     def __init__(self, moments: Floats) -> None:
         """Args: moments: (in, in), the mean of x x^T over a calibration text; float32 or float64, which is computed in."""
         damped = damp(moments, DAMPING)
-        self._importance = np.diag(damped)
+        self._importance = np.diag(damped).copy()
         self._order = np.argsort(-self._importance, kind="stable")
-        # Reversed both ways, numpy's lower Cholesky factor is the upper one that is needed: moments = R R^T.
+        # Reversed both ways, the lower Cholesky factor is the upper one that is needed: moments = R R^T.
         backwards = self._order[::-1]
-        factor = np.linalg.cholesky(damped[np.ix_(backwards, backwards)])[::-1, ::-1]
-        self._feed = factor / np.diag(factor)
+        damped = damped[np.ix_(backwards, backwards)]
+        self._feed = factorize(damped)[::-1, ::-1]
+        self._feed /= np.diag(self._feed).copy()
 
     def round_by_column(self, weight: Floats, form: Quantization, dtype: mx.Dtype) -> Rounded:
         """Rounds a weight stored as nn.Linear stores it, groups along the inputs.
@@ -141,8 +143,8 @@ def correct_weight(weight: Floats, shift: Floats, moments: Floats) -> Floats:
         shift: (out, in), the mean of (wanted output - weight x) x^T.
         moments: (in, in), the mean of x x^T.
     """
-    solved: Floats = np.linalg.solve(damp(moments, CORRECTION_DAMPING), shift.T.astype(moments.dtype))
-    return weight + solved.T
+    factor = factorize(damp(moments, CORRECTION_DAMPING))
+    return weight + solve_factored(factor, shift.T.astype(moments.dtype)).T
 
 
 def round_to_nearest(weight: Floats, form: Quantization, dtype: mx.Dtype, importance: Floats | None = None) -> Rounded:
