@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from arcee_mlx import ArceeConfig
-from arcee_mlx.conversion.fold import bound_scalings, count_folded
+from arcee_mlx.conversion.fold import bound_scalings, count_scaled
 from arcee_mlx.conversion.prepare import plan_conversion
 
 from conftest import TEXT as WORDS
@@ -80,7 +80,7 @@ def test_a_rename_before_the_weights_are_complete_would_be_noticed(sources, tmp_
 
 def test_neurons_are_folded_in_the_case_that_is_about_them(sources):
     planned = plan_conversion(sources / "folded", sources / "out", CASES["folded"]["recipe"])
-    assert count_folded(bound_scalings(planned.sources, planned.tensors)) > 100
+    assert count_scaled(bound_scalings(planned.sources, planned.tensors)) > 100
 
 
 @pytest.mark.slow
