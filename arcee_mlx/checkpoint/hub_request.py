@@ -64,6 +64,18 @@ class Wanted:
         return list(filter_repo_objects(names, allow_patterns=self.files, ignore_patterns=list(NEVER)))
 
 
+def is_repo_id(text: str) -> bool:
+    """Whether a repository could have this name: `name` or `org/name` in the characters the hub allows."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return text.isascii()  # what older huggingface_hub lets pass
+
+
 def find_outage(error: BaseException) -> tuple[str, str] | None:
     """Why the hub gave no answer, and what to do; None if it did answer, or something else went wrong."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
@@ -132,6 +144,34 @@ def explain(error: Exception, wanted: Wanted, size_bytes: Mapping[str, int] | No
         f"{wanted} could not be downloaded ({type(cause).__name__}); expected the answers of a hub from {site()};"
         f" check that no proxy or login page stands between and that HF_ENDPOINT is right, and run again"
     )
+
+
+def explain_upload(error: Exception, repo_id: str) -> str:
+    """What a failed upload's request means and what to do, without the answer's own words as in `explain`."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    # A file that failed over plain HTTP, and a README.md that the hub refuses, arrive wrapped in one of these.
+    cause = (error.__cause__ if type(error) in (RuntimeError, ValueError) else None) or error
+    login = "log in with `hf auth login`, or set HF_TOKEN, which goes before it"
+    if isinstance(cause, LocalTokenNotFoundError):
+        what, remedy = "there is no token", login
+    elif type(cause) is ConnectionError:  # all that hf_xet ever says
+        what = f"the storage of {site()} did not take the files"
+        remedy = "check the network and the proxy, or set HF_HUB_DISABLE_XET=1 to upload over plain HTTP"
+    elif outage := find_outage(cause):
+        what, remedy = outage
+    elif isinstance(cause, HfHubHTTPError):
+        status = cause.response.status_code
+        what, remedy = f"{site()} answered {status}", "check the repository's name and the metadata of README.md"
+        if status == 401:
+            what, remedy = f"{site()} does not know the token ({status})", login
+        elif status == 403:
+            what = f"{site()} does not allow it ({status})"
+            remedy = f"see what the token may do and that the account has space left, and if need be {login}"
+    else:
+        what = os.strerror(cause.errno) if isinstance(cause, OSError) and cause.errno else type(cause).__name__
+        remedy = "check that no proxy or login page stands between and that HF_ENDPOINT is right"
+    return f"{what}; expected {site()} to take files for {repo_id!r} with your token; {remedy}"
 
 
 def _space_needed(wanted: Wanted, size_bytes: Mapping[str, int] | None, cache: str) -> str:

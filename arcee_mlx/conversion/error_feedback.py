@@ -203,9 +203,9 @@ def _choose_part(groups: Floats, shares: Floats, bits: int, dtype: mx.Dtype) -> 
     low, high = groups.min(axis=2, keepdims=True), groups.max(axis=2, keepdims=True)
     best_error = np.full(low.shape, np.inf, np.float32)
     best_scale, best_bias = np.ones_like(low), np.zeros_like(low)
-    for clip in _CLIPS:
-        scale = _store(np.maximum((high - low) * (clip / (2**bits - 1)), _LEAST_SCALE), dtype)
-        bias = _store(low * clip, dtype)
+    clips = _CLIPS[:, None, None, None]
+    scales = _store(np.maximum((high - low) * (clips / (2**bits - 1)), _LEAST_SCALE), dtype)
+    for scale, bias in zip(scales, _store(low * clips, dtype), strict=True):
         error = _nearest_codes(groups, scale, bias, bits) * scale + bias - groups
         error = np.einsum("rgc,gc->rg", np.square(error), shares)[..., None]
         better = error < best_error

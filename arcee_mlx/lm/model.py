@@ -72,7 +72,7 @@ class Model(ArceeForCausalLM):
         for i, layer in enumerate(self.layers):
             path, down = f"model.layers.{i}.mlp.down_proj", layer.mlp.down_proj
             if isinstance(down, DownByNeuron) and f"{path}.scales" in weights and path not in table:
-                layer.mlp.down_proj = down.to_quantized(**asdict(read_quantization(table, path)))
+                layer.mlp.update_modules({"down_proj": down.to_quantized(**asdict(read_quantization(table, path)))})
 
     def shard(self, group: mx.distributed.Group | None = None) -> None:
         """Leaves this process its share of every layer: whole heads and neurons, for mlx-lm's tensor parallelism.

@@ -120,7 +120,6 @@ def test_force_is_needed_to_replace_a_converted_model(source, tmp_path, capsys):
         (["--bits", "4"], "unrecognized arguments: --bits 4"),
         (["-d"], "-d is not offered; convert the original"),
         (["--dequantize"], "--dequantize is not offered; convert the original"),
-        (["--upload-repo", "me/model"], "--upload-repo is not offered; upload the folder afterwards"),
         (["--trust-remote-code"], "--trust-remote-code is not offered; code of a checkpoint is never run"),
     ],
 )

@@ -7,7 +7,7 @@ from mlx.utils import tree_flatten
 
 from arcee_mlx import ArceeConfig, load_model
 from arcee_mlx.conversion import quantize, run
-from arcee_mlx.conversion.fold import HEADROOM, Scaling, bound_scalings, count_folded, layer_scalings, needs_fold
+from arcee_mlx.conversion.fold import HEADROOM, Scaling, bound_scalings, count_scaled, layer_scalings, needs_fold
 from arcee_mlx.conversion.prepare import plan_conversion
 from arcee_mlx.conversion.recipes import Quantization, Recipe
 from arcee_mlx.conversion.run import convert
@@ -187,7 +187,7 @@ def test_bounds_hold_for_the_inputs_that_go_furthest(tmp_path):
     planned = plan_conversion(source, tmp_path / "out", FP16)
     scalings = bound_scalings(planned.sources, planned.tensors)
     assert set(scalings) == {f"{LAYER}.mlp.{name}" for name in ("up_proj.weight", "up_proj.bias", "down_proj.weight")}
-    assert count_folded(scalings) == len(range(128)[FAR])
+    assert count_scaled(scalings) == len(range(128)[FAR])
     weights = read_weights(source)
     up = scalings[f"{LAYER}.mlp.up_proj.weight"].apply(weights[f"{LAYER}.mlp.up_proj.weight"])
     bias = scalings[f"{LAYER}.mlp.up_proj.bias"].apply(weights[f"{LAYER}.mlp.up_proj.bias"])

@@ -14,6 +14,7 @@ from arcee_mlx.checkpoint.loading import open_model
 from arcee_mlx.errors import ArceeError, InputError
 from arcee_mlx.measure import divergence, evaluate
 from arcee_mlx.measure.evaluate import compare, count_bytes
+from arcee_mlx.measure.layers import CAUSAL
 
 from conftest import tiny_config
 
@@ -105,6 +106,18 @@ def test_errors_of_layers_are_those_of_the_layers_outputs(reference, tmp_path, i
     )
     expected, got = (np.array(stream[2][:, :-1]) for stream in streams)
     np.testing.assert_allclose(found.hidden_error, np.linalg.norm(got - expected) / np.linalg.norm(expected), rtol=1e-5)
+
+
+def test_a_layers_own_error_is_that_of_what_it_adds_to_the_references_input(reference, tmp_path, ids):
+    other = save(tmp_path / "b", quantize(4))
+    expected, got = (load_model(opened.checkpoint.folder, dtype=mx.float32) for opened in (reference, other))
+    x, y = expected.forward(ids, output_hidden_states=True).hidden_states[:2]
+    decoder = got.model
+    positions = mx.arange(ids.shape[1])[None]
+    rotation = decoder.rotary_emb.rotation(positions, decoder.rotary_emb.table(ids.shape[1]), mx.float32)
+    difference = decoder.layers[0](x, rotation, CAUSAL, None)[0] - y
+    found = compare(reference, other, ids).layers[0].own
+    np.testing.assert_allclose(found, np.linalg.norm(difference) / np.linalg.norm(y - x), rtol=1e-5)
 
 
 def test_an_error_is_charged_to_the_layer_that_makes_it(reference, tmp_path, ids):
