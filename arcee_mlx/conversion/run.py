@@ -47,7 +47,7 @@ from .recipes import Recipe
 from .report import write_report
 from .result import Conversion
 from .texts import CALIBRATION_TEXT, VERIFICATION_TEXT, Sample, read_sample
-from .work_folder import WorkFolder, can_be_resumed, open_work_folder
+from .work_folder import WorkFolder, can_be_resumed, open_work_folder, recover
 
 NUM_SAMPLES, SEQUENCE_LENGTH = 128, 512  # of a text to calibrate on: 65,536 tokens
 VERIFICATION_SAMPLES = 32
@@ -98,6 +98,7 @@ def convert(
     """
     if upload_repo is not None:
         check_upload(upload_repo)
+    recover(Path(mlx_path).expanduser().absolute())
     planned = plan_conversion(
         hf_path, mlx_path, recipe, revision=revision, overwrite=overwrite, shows_downloads=reporter.shows_downloads
     )
@@ -153,8 +154,8 @@ def convert(
     except OSError as error:
         raise ConversionError(
             f"{planned.target}: cannot be written ({error.strerror or error}); expected room for "
-            f"{planned.needed_bytes / 1e9:.2f} GB and the right to write; what was done is kept, so free some space and "
-            f"run the same command again, or name another folder"
+            f"{planned.needed_bytes / 1e9:.2f} GB and the right to write; free some space and run the same command "
+            f"again, which goes on from here, or name another folder"
         ) from error
     finally:
         reporter.end()

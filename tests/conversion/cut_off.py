@@ -40,7 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
     "4bit": {},
     "by_neuron": {"recipe": Recipe(layout="by_neuron", quantization=Quantization(bits=8, group_size=32))},
     "folded": {"recipe": Recipe(dtype="float16")},
-    "calibrated": {"calibrate": TEXT, "num_samples": 5, "sequence_length": 16},
+    "calibrated": {"calibrate": TEXT, "verify": TEXT, "num_samples": 5, "sequence_length": 16},
 }
 _TRACED = (str(Path(run.__file__).parent) + os.sep, files.__file__)
 _AROUND_RENAMES = ("publish", "_settle", "_clear")
@@ -82,8 +82,7 @@ class Drill:
         self._root.mkdir()
         (self._root / "in").symlink_to(root / case)
         options = CASES[case] | {"overwrite": overwrite}
-        if "calibrate" in options:
-            options["calibrate"] = root / TEXT
+        options |= {name: root / TEXT for name, value in options.items() if value == TEXT}
         self._convert = partial(convert, self._root, options, rename_early=rename_early)
         self._older: dict[str, str] | None = None
         if overwrite:
@@ -152,13 +151,18 @@ class Drill:
 
 
 class _Names(Quiet):
-    """Remembers what was converted."""
+    """Remembers what was converted, which is not what was checked and compared after."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
+        self._converts = False
+
+    def begin(self, stage: str, total_bytes: int, done_bytes: int = 0) -> None:
+        self._converts = stage in ("convert", "calibrate")
 
     def advance(self, tensor: str, done_bytes: int) -> None:
-        self.names.append(tensor)
+        if self._converts:
+            self.names.append(tensor)
 
 
 def convert(
@@ -185,6 +189,8 @@ def convert(
     mx.set_default_device(mx.cpu)
     os.fsync = lambda descriptor: None  # it is against a loss of power, which no kill can stand in for, and slow
     quantize.SLICE_BYTES, work_folder.COMMIT_EVERY_S = 6_000, 0.0
+    run.VERIFICATION_SAMPLES, run.SEQUENCE_LENGTH = 2, 16
+    run.write_picture = lambda *_: None  # a second for each of some hundred conversions
     run.plan_shards = partial(files.plan_shards, shard_bytes=20_000)
     if rename_early:
         run._write_weights = partial(_write_after_renaming, run._write_weights, root / "out")

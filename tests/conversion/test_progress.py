@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from arcee_mlx import cli
-from arcee_mlx.conversion import progress, quantize, work_folder
+from arcee_mlx.conversion import progress, quantize, run, work_folder
 from arcee_mlx.conversion.progress import Bar, JsonLines, Quiet
 
 from conftest import write_tokenizer
@@ -104,11 +104,13 @@ def test_json_is_one_object_on_standard_output_and_lines_that_add_up_on_the_othe
     assert all(line["bytes_per_s"] and line["seconds_left"] >= 0 for line in lines[1:])
 
 
-def test_calibration_is_a_stage_that_adds_up_too(source, tmp_path, capsys):
+def test_calibration_is_a_stage_that_adds_up_too(source, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run, "SEQUENCE_LENGTH", 16)  # of the comparison that follows
     write_tokenizer(source)
     text = tmp_path / "text.txt"
     text.write_text("Call me Ishmael. " * 40)
-    assert convert(source, "--json", "--calibrate", str(text), "--sequence-length", "16", "--num-samples", "2") == 0
+    options = ["--calibrate", str(text), "--verify", str(text), "--sequence-length", "16", "--num-samples", "2"]
+    assert convert(source, "--json", *options) == 0
     out, err = capsys.readouterr()
     lines = [line for line in read_lines(err) if line["stage"] == "calibrate"]
     assert (lines[0]["bytes"], lines[-1]["bytes"]) == (0, json.loads(out)["source_bytes"])
