@@ -44,7 +44,7 @@ class Emulator:
 
     folder: Path
     schedule: int = 0
-    edit: Callable[[str], str] = lambda source: source  # noqa: E731
+    edit: Callable[[str], str] = lambda source: source
     sources: dict[str, str] = field(default_factory=dict)
 
     def metal_kernel(

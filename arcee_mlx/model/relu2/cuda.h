@@ -1,9 +1,7 @@
 // What the kernels' Metal text means in CUDA: 32 lanes of a simdgroup are a warp, threadgroup memory is shared memory.
-#pragma once
 
 typedef unsigned int uint;
 
-#define device
 #define threadgroup __shared__
 #define threadgroup_barrier(flags) __syncthreads()
 #define threadgroup_position_in_grid blockIdx
@@ -42,3 +40,6 @@ __device__ inline uint simd_prefix_exclusive_sum(uint value) {
 __device__ inline uint popcount(uint bits) {
   return __popc(bits);
 }
+
+// Last: CUDA's own __device__ is made of this word.
+#define device

@@ -51,15 +51,13 @@ class Plan:
     slabs: int
 
 
-def explain_unserved(
-    x: mx.array, rows: Rows, bias: mx.array | None = None, residual: mx.array | None = None
-) -> str | None:
+def explain_unserved(x: mx.array, rows: Rows, bias: mx.array | None = None) -> str | None:
     """Why `multiply` cannot take these arguments, in words; None where it can."""
     if x.shape[0] > MAX_TOKENS:
         return f"{x.shape[0]} tokens at once; the kernels take up to {MAX_TOKENS}"
     if x.dtype not in _FLOATS:
         return f"activations are {x.dtype}; the kernels take float32, float16 and bfloat16"
-    floats = (rows.scales if rows.bits else rows.weights, bias, residual)
+    floats = (rows.scales if rows.bits else rows.weights, bias)
     if other := next((array.dtype for array in floats if array is not None and array.dtype != x.dtype), None):
         return f"an array of {other} and activations of {x.dtype}; the kernels take one dtype"
     if rows.bits is None and rows.hidden % 8:
@@ -90,7 +88,7 @@ def multiply(x: mx.array, rows: Rows, bias: mx.array | None = None, residual: mx
     Args:
         x: (M, F), for which `explain_unserved` finds nothing.
         bias: (E,).
-        residual: (M, E).
+        residual: (M, E), of x's dtype.
 
     Returns:
         (M, E) of x's dtype; summed in float32.
