@@ -22,8 +22,10 @@ from .. import upstream
 from ..errors import ConfigError, InputError
 from ..model.config import read_json
 from ..model.decoder import ArceeForCausalLM, ArceeModel
+from ..model.relu2.down import ByNeuron, DownByNeuron
 from .adapter_files import (
     ADAPTABLE,
+    BY_NEURON,
     CONFIG_FILE,
     EMBEDDING,
     EMBEDDINGS,
@@ -37,6 +39,7 @@ from .adapter_files import (
     float_shapes,
     is_int,
     read_planned,
+    refuse_dora,
 )
 from .files import new_folder
 from .hub import resolve_folder
@@ -191,6 +194,7 @@ def _plan_mlx_lm(config: AdapterConfig, modules: Mapping[str, nn.Module]) -> Pla
         slots[f"{path}.lora_b"] = Slot(path, "lora_b", (rank, outputs))
         scales[path] = scale
         if kind == "dora":
+            refuse_dora(path, module, config.path)
             slots[f"{path}.m"] = Slot(path, "m", (inputs if isinstance(module, EMBEDDINGS) else outputs,))
         if kind == "dora" and isinstance(module, nn.QuantizedEmbedding):
             raise ConfigError(
@@ -234,7 +238,11 @@ def _install(model: Model, modules: Mapping[str, nn.Module]) -> None:
 
 
 def _with_update(base: nn.Module, update: LowRank) -> nn.Module:
-    """mlx-lm's layer around a base's."""
+    """mlx-lm's layer around a base's, or our own where it has none."""
+    if isinstance(base, ByNeuron):
+        own = base.to_lora(r=update.a.shape[1], dropout=update.dropout, scale=update.scale)
+        own.lora_a, own.lora_b = update.a, update.b
+        return own.train(base.training)
     embedding, dora = isinstance(base, EMBEDDINGS), update.magnitude is not None
     room = upstream.mlx_lm_module("tuner.dora" if dora else "tuner.lora")
     kind = getattr(room, ("DoRA" if dora else "LoRA") + ("Embedding" if embedding else "Linear"))
@@ -248,6 +256,8 @@ def _with_update(base: nn.Module, update: LowRank) -> nn.Module:
 def _with_weights(base: nn.Module, weights: Mapping[str, mx.array], dtype: mx.Dtype) -> nn.Module:
     """A module like the base's, float if that is quantized, in which some parameters are others."""
     own: Any = copy.copy(base)
+    if isinstance(base, ByNeuron) and BY_NEURON in weights:
+        own = DownByNeuron.from_weight(weights[BY_NEURON], base.get("bias"))
     if isinstance(base, QUANTIZED) and "weight" in weights:
         own = nn.Embedding(1, 1) if isinstance(base, nn.QuantizedEmbedding) else nn.Linear(1, 1, bias=False)
         if "bias" in base:

@@ -13,6 +13,7 @@ from ..checkpoint.loading import map_names, tie_names
 from ..errors import InputError
 from ..model.config import ArceeConfig
 from ..model.decoder import ArceeForCausalLM
+from ..model.relu2.down import ByNeuron
 
 
 class ModelArgs(ArceeConfig):
@@ -82,7 +83,10 @@ class Model(ArceeForCausalLM):
             for block, name in ((attention, "q_proj"), (attention, "k_proj"), (attention, "v_proj"), (mlp, "up_proj")):
                 setattr(block, name, shard_linear(getattr(block, name), "all-to-sharded", group=group))
             attention.o_proj = shard_linear(attention.o_proj, "sharded-to-all", group=group)
-            mlp.down_proj = shard_linear(mlp.down_proj, "sharded-to-all", group=group)
+            if isinstance(mlp.down_proj, ByNeuron):
+                mlp.down_proj.shard(group)
+            else:
+                mlp.down_proj = shard_linear(mlp.down_proj, "sharded-to-all", group=group)
             attention.num_heads //= processes
             attention.num_kv_heads //= processes
 

@@ -21,8 +21,9 @@ import numpy as np
 from ...errors import InputError
 from ..activations import relu2
 from . import kernels, self_check
-from .kernels import MAX_TOKENS, Rows
+from .kernels import MAX_TOKENS
 from .lora import LoRADownByNeuron
+from .rows import Rows
 
 VARIABLE = "ARCEE_MLX_SPARSE"
 Sparse = Literal["off", "on", "auto"]
@@ -42,13 +43,9 @@ class ByNeuron(nn.Module):
         """The matrix as it is stored."""
         raise NotImplementedError
 
-    def _multiply(self, x: mx.array, active: mx.array | None = None) -> mx.array:
-        """x @ rows, or of the rows in `active` (n,) with x (..., n)."""
-        raise NotImplementedError
-
     def __call__(self, x: mx.array) -> mx.array:
         """The product with all rows."""
-        return self._add(self._sum_shares(self._multiply(x)), None)
+        return self._add(self._sum_shares(self.rows.multiply(x)), None)
 
     def after_relu2(self, x: mx.array, residual: mx.array | None = None, *, sparse: Sparse | None = None) -> mx.array:
         """relu2(x) @ rows + bias + residual.
@@ -62,18 +59,22 @@ class ByNeuron(nn.Module):
         Raises:
             InputError: sparse, or the variable, is something else, or "on" and the kernel cannot be used.
         """
-        tokens = x.reshape(-1, x.shape[-1])
+        tokens, rows = x.reshape(-1, x.shape[-1]), self.rows
+        shape = (*x.shape[:-1], rows.hidden)
         path = self.choose_path(tokens, sparse)
+        if path == "kernel" and self._group is None:
+            extra = None if residual is None else residual.reshape(-1, rows.hidden)
+            return kernels.multiply(tokens, rows, self.get("bias"), extra).reshape(shape)
         if path == "kernel":
-            return self._run_kernel(x, residual)
-        a = relu2(tokens)
-        if path == "gathered" and (active := _find_active(a)) is not None:
-            y = self._multiply(a[:, active], active)
-        elif path == "unpacked":
-            y = a @ self._unpack()
+            y = kernels.multiply(tokens, rows)
         else:
-            y = self._multiply(a)
-        return self._add(self._sum_shares(y.reshape(*x.shape[:-1], -1)), residual)
+            a = relu2(tokens)
+            active = _find_active(a) if path == "gathered" else None
+            if active is not None:
+                y = rows.multiply(a[:, active], active)
+            else:
+                y = a @ rows.unpack() if path == "unpacked" else rows.multiply(a)
+        return self._add(self._sum_shares(y.reshape(shape)), residual)
 
     def choose_path(self, x: mx.array, sparse: Sparse | None = None) -> Path:
         """The path that `after_relu2` takes for x (M, F). While training, and where arrays are traced, it is a dense one."""
@@ -116,45 +117,12 @@ class ByNeuron(nn.Module):
         """A layer with `update` (F, E) added to its weights; a quantized one is rounded again unless `dequantize`."""
         raise NotImplementedError
 
-    def _run_kernel(self, x: mx.array, residual: mx.array | None) -> mx.array:
-        """The kernel, whose gradient is that of the dense product: a kernel has none of its own."""
-        inputs = {"x": x} if residual is None or self._group else {"x": x, "residual": residual}
-        inputs |= {name: self[name] for name in ("bias",) if name in self and not self._group}
-        if self.rows.bits is None:
-            inputs["weight_by_neuron"] = self.weight_by_neuron
-
-        @mx.custom_function
-        def product(inputs: dict[str, mx.array]) -> mx.array:
-            x, extra = inputs["x"], inputs.get("residual")
-            rows = dataclasses.replace(self.rows, weights=inputs.get("weight_by_neuron", self.weight_by_neuron))
-            extra = None if extra is None else extra.reshape(-1, rows.hidden)
-            y = kernels.multiply(x.reshape(-1, x.shape[-1]), rows, inputs.get("bias"), extra)
-            return y.reshape(*x.shape[:-1], -1)
-
-        @product.vjp
-        def _(inputs: dict[str, mx.array], cotangent: mx.array, _: mx.array) -> dict[str, mx.array]:
-            def dense(*arrays: mx.array) -> mx.array:
-                own = dict(zip(inputs, arrays, strict=True))
-                a = relu2(own["x"])
-                y = a @ own["weight_by_neuron"] if "weight_by_neuron" in own else self._multiply(a)
-                return y + own.get("bias", 0) + own.get("residual", 0)
-
-            return dict(zip(inputs, mx.vjp(dense, list(inputs.values()), [cotangent])[1], strict=True))
-
-        y: mx.array = product(inputs)  # type: ignore[assignment]
-        return self._add(self._sum_shares(y), residual) if self._group else y
-
     def _sum_shares(self, y: mx.array) -> mx.array:
         return mx.distributed.all_sum(y, group=self._group) if self._group else y
 
     def _add(self, y: mx.array, residual: mx.array | None) -> mx.array:
         y = y + self.bias if "bias" in self else y
         return y if residual is None else residual + y
-
-    def _unpack(self) -> mx.array:
-        return mx.dequantize(
-            self.weight_by_neuron, self.scales, self.get("biases"), self.group_size, self.bits, self.mode
-        )
 
 
 class DownByNeuron(ByNeuron):
@@ -181,9 +149,6 @@ class DownByNeuron(ByNeuron):
     @property
     def rows(self) -> Rows:
         return Rows(self.weight_by_neuron)
-
-    def _multiply(self, x: mx.array, active: mx.array | None = None) -> mx.array:
-        return x @ (self.weight_by_neuron if active is None else self.weight_by_neuron[active])
 
     def with_update(self, update: mx.array, *, dequantize: bool = False) -> DownByNeuron:
         weight = self.weight_by_neuron + update.astype(self.weight_by_neuron.dtype)
@@ -222,17 +187,8 @@ class QuantizedDownByNeuron(ByNeuron):
         return self.freeze(recurse=False)
 
     def with_update(self, update: mx.array, *, dequantize: bool = False) -> ByNeuron:
-        updated = DownByNeuron.from_weight(self._unpack(), self.get("bias")).with_update(update)
+        updated = DownByNeuron.from_weight(self.rows.unpack(), self.get("bias")).with_update(update)
         return updated if dequantize else updated.to_quantized(self.group_size, self.bits, self.mode)
-
-    def _multiply(self, x: mx.array, active: mx.array | None = None) -> mx.array:
-        weights, scales, biases = self.weight_by_neuron, self.scales, self.get("biases")
-        if active is not None:
-            weights, scales = weights[active], scales[active]
-            biases = None if biases is None else biases[active]
-        return mx.quantized_matmul(
-            x, weights, scales, biases, transpose=False, group_size=self.group_size, bits=self.bits, mode=self.mode
-        )
 
 
 def store_by_neuron(model: Any) -> None:

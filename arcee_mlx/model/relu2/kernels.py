@@ -6,40 +6,20 @@ One text serves both: `cuda.h` says in CUDA what it says in Metal.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+
+from ..activations import relu2
+from .rows import Rows
 
 MAX_TOKENS = 8  # more need most neurons between them, and more registers than a thread has
 _FOLDER = Path(__file__).parent
 _FLOATS = {mx.float32: 32, mx.float16: 16, mx.bfloat16: 16}  # bits of a weight that is not packed
 _THREADS, _CHUNK, _SLAB_CHUNKS = 256, 32, 32
 _FILLS_A_GPU = 160  # threadgroups
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A matrix stored by neuron, (F, E).
-
-    Attributes:
-        weights: uint32 (F, E * bits / 32) with scales and biases (F, E / group_size); or floats (F, E) without.
-        bits, group_size: of the packed form; None for floats.
-    """
-
-    weights: mx.array
-    scales: mx.array | None = None
-    biases: mx.array | None = None
-    bits: int | None = None
-    group_size: int | None = None
-    mode: str = "affine"
-
-    @property
-    def hidden(self) -> int:
-        """E."""
-        words = self.weights.shape[1]
-        return words if self.bits is None else words * 32 // self.bits
 
 
 @dataclass(frozen=True)
@@ -85,6 +65,8 @@ def plan_product(tokens: int, neurons: int, rows: Rows) -> Plan:
 def multiply(x: mx.array, rows: Rows, bias: mx.array | None = None, residual: mx.array | None = None) -> mx.array:
     """relu2(x) @ rows + bias + residual, without reading the rows of neurons that are zero. Waits for nothing.
 
+    A kernel has no gradient of its own: this has the plain product's.
+
     Args:
         x: (M, F), for which `explain_unserved` finds nothing.
         bias: (E,).
@@ -93,6 +75,30 @@ def multiply(x: mx.array, rows: Rows, bias: mx.array | None = None, residual: mx
     Returns:
         (M, E) of x's dtype; summed in float32.
     """
+    arrays = {"x": x, "bias": bias, "residual": residual, "weights": rows.weights if rows.bits is None else None}
+    given = {name: array for name, array in arrays.items() if array is not None}
+
+    def read(given: dict[str, mx.array]) -> tuple[mx.array, Rows, mx.array | None, mx.array | None]:
+        own = replace(rows, weights=given.get("weights", rows.weights))
+        return given["x"], own, given.get("bias"), given.get("residual")
+
+    @mx.custom_function
+    def product(given: dict[str, mx.array]) -> mx.array:
+        return _launch(*read(given))
+
+    @product.vjp
+    def _(given: dict[str, mx.array], cotangent: mx.array, _: mx.array) -> dict[str, mx.array]:
+        def plain(*arrays: mx.array) -> mx.array:
+            x, rows, bias, residual = read(dict(zip(given, arrays, strict=True)))
+            y = rows.multiply(relu2(x))
+            return y + (0 if bias is None else bias) + (0 if residual is None else residual)
+
+        return dict(zip(given, mx.vjp(plain, list(given.values()), [cotangent])[1], strict=True))
+
+    return product(given)  # type: ignore[return-value]
+
+
+def _launch(x: mx.array, rows: Rows, bias: mx.array | None, residual: mx.array | None) -> mx.array:
     tokens, neurons = x.shape
     hidden = rows.hidden
     plan = plan_product(tokens, neurons, rows)

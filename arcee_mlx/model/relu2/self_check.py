@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import functools
 import warnings
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 
 from . import kernels
-from .kernels import Rows
+from .rows import Rows
 
 # Of the largest output: rounding, with room. A wrong index or a lost row is far above.
 TOLERANCES = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 1.6e-2}
@@ -59,14 +60,14 @@ def measure_error(dtype: mx.Dtype, bits: int | None, group_size: int | None, tok
     x, weights, bias, residual = (
         mx.random.normal(shape, key=key).astype(dtype) for shape, key in zip(shapes, keys, strict=True)
     )
-    rows = Rows(weights)
-    if bits is not None and group_size is not None:
-        rows = Rows(*mx.quantize(weights, group_size, bits), bits, group_size)
-        scales, biases = rows.scales.astype(mx.float32), rows.biases.astype(mx.float32)  # type: ignore[union-attr]
-        weights = mx.dequantize(rows.weights, scales, biases, group_size, bits)
+    rows = plain = Rows(weights)
+    if bits is not None:
+        packed, scales, biases = mx.quantize(weights, group_size, bits)
+        rows = Rows(packed, scales, biases, bits, group_size)
+        plain = replace(rows, scales=scales.astype(mx.float32), biases=biases.astype(mx.float32))
     got = _to_float64(kernels.multiply(x, rows, bias, residual))
     activations = np.square(np.maximum(_to_float64(x), 0))
-    want = activations @ _to_float64(weights) + _to_float64(bias) + _to_float64(residual)
+    want = activations @ _to_float64(plain.unpack()) + _to_float64(bias) + _to_float64(residual)
     error = np.abs(got - want).max() / np.abs(want).max()
     return float(error) if np.isfinite(error) else np.inf
 
