@@ -64,13 +64,11 @@ class Emulator:
         headers = "".join((HERE / name).read_text() for name in ("metal_on_cpu.h", "launch.h"))
         binary = self.folder / hashlib.sha256((program + headers).encode()).hexdigest()[:20]
         if not binary.exists():
+            header = self.folder / "metal_on_cpu.h.gch"  # g++ reads this for the header of that name: half the time
+            if not header.exists():
+                _call_compiler("-x", "c++-header", str(HERE / "metal_on_cpu.h"), "-o", str(header))
             binary.with_suffix(".cpp").write_text(program)
-            done = subprocess.run(
-                ["g++", *_FLAGS, f"-I{HERE}", str(binary.with_suffix(".cpp")), "-o", str(binary)],
-                capture_output=True, text=True, check=False,
-            )  # fmt: skip
-            if done.returncode:
-                raise EmulationError(f"g++: {done.stderr[:4000]}")
+            _call_compiler(f"-I{HERE}", str(binary.with_suffix(".cpp")), "-o", str(binary))
         return binary
 
     def _run(self, binary: Path, inputs: list[mx.array], launch: dict[str, Any]) -> list[mx.array]:
@@ -92,6 +90,12 @@ class Emulator:
             ]
 
 
+def _call_compiler(*arguments: str) -> None:
+    done = subprocess.run(["g++", *_FLAGS, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise EmulationError(f"g++: {done.stderr[:4000]}")
+
+
 def write_source(kernel: Any, inputs: list[mx.array], launch: dict[str, Any]) -> str:
     """The Metal source that MLX compiles for these arguments: MLX prints it where a kernel is traced, not run."""
     with tempfile.TemporaryFile() as file, tempfile.TemporaryDirectory() as folder:
@@ -109,16 +113,27 @@ def write_source(kernel: Any, inputs: list[mx.array], launch: dict[str, Any]) ->
 
 
 def make_program(text: str) -> str:
-    """A C++ program around a kernel's source: the text itself, untouched, between the emulator and a call of it."""
-    parameters = re.search(r"\[\[kernel\]\] void \w+\((.*?)\) \{", text, re.S)[1]
-    arguments = []
-    for i, parameter in enumerate(part.strip() for part in parameters.split(",\n")):
-        kind, name = re.sub(r"\[\[.*?\]\]", "", parameter).strip().rsplit(None, 1)
-        arguments.append(f"buffer<{kind}>({i})" if kind.endswith("*") else f"find_{name}()")
-    # An explicit instantiation tells Metal the name to look for; here it is what to call.
-    kernel = re.search(r"decltype\((\w+<.*?>)\) ", text)[1]
-    source = text[: text.index("template [[host_name(")]
-    return (
-        f'#include "metal_on_cpu.h"\n#include "launch.h"\n#line 1 "kernel.metal"\n{source}\n'
-        f"static void run_kernel() {{ {kernel}({', '.join(arguments)}); }}\n"
+    """A C++ program around a kernel's body, untouched, between the emulator and a call of it.
+
+    The template around the body becomes the constants of its one instantiation: g++ puts threadgroup memory where it
+    can be filled with nonsense in a plain function only.
+    """
+    template, name, parameters = re.search(r"template <(.*?)>\n\[\[kernel\]\] void (\w+)\((.*?)\) \{", text, re.S).groups()
+    values = re.search(rf"decltype\({name}<(.*?)>\) ", text)[1].split(", ")
+    body = text[text.index(") {", text.index("[[kernel]]")) + 2 : text.index("template [[host_name(")]
+    constants, declared, arguments = [], [], []
+    for constant, value in zip(template.split(", "), values, strict=True):
+        kind, constant = constant.split()
+        constants.append(f"using {constant} = {value};" if kind == "typename" else f"constexpr {kind} {constant} = {value};")
+    for i, parameter in enumerate(parameters.split(",\n")):
+        declared.append(re.sub(r"\[\[.*?\]\]", "", parameter).strip())
+        kind, parameter = declared[-1].rsplit(None, 1)
+        arguments.append(f"buffer<{kind}>({i})" if kind.endswith("*") else f"find_{parameter}()")
+    return "\n".join(
+        (
+            '#include "metal_on_cpu.h"\n#include "launch.h"',
+            *constants,
+            f'static void {name}({", ".join(declared)})\n#line 1 "{name}.metal"\n{body}',
+            f"static void run_kernel() {{ {name}({', '.join(arguments)}); }}\n",
+        )
     )
