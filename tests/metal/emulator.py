@@ -118,13 +118,17 @@ def make_program(text: str) -> str:
     The template around the body becomes the constants of its one instantiation: g++ puts threadgroup memory where it
     can be filled with nonsense in a plain function only.
     """
-    template, name, parameters = re.search(r"template <(.*?)>\n\[\[kernel\]\] void (\w+)\((.*?)\) \{", text, re.S).groups()
+    template, name, parameters = re.search(
+        r"template <(.*?)>\n\[\[kernel\]\] void (\w+)\((.*?)\) \{", text, re.S
+    ).groups()
     values = re.search(rf"decltype\({name}<(.*?)>\) ", text)[1].split(", ")
     body = text[text.index(") {", text.index("[[kernel]]")) + 2 : text.index("template [[host_name(")]
     constants, declared, arguments = [], [], []
     for constant, value in zip(template.split(", "), values, strict=True):
         kind, constant = constant.split()
-        constants.append(f"using {constant} = {value};" if kind == "typename" else f"constexpr {kind} {constant} = {value};")
+        constants.append(
+            f"using {constant} = {value};" if kind == "typename" else f"constexpr {kind} {constant} = {value};"
+        )
     for i, parameter in enumerate(parameters.split(",\n")):
         declared.append(re.sub(r"\[\[.*?\]\]", "", parameter).strip())
         kind, parameter = declared[-1].rsplit(None, 1)

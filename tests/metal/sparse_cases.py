@@ -13,6 +13,19 @@ from arcee_mlx.model.relu2.rows import Rows
 # Of the largest output: sums of some hundred terms in float32, then one rounding to the dtype.
 TOLERANCES = {mx.float32: 2e-6, mx.float16: 1e-3, mx.bfloat16: 8e-3}
 
+# tokens, neurons, hidden, bits, group size, dtype: together all of each, and sizes that nothing divides.
+CASES = [
+    (1, 203, 320, 4, 64, mx.float32),
+    (2, 75, 384, 4, 128, mx.float16),
+    (3, 330, 96, 8, 32, mx.bfloat16),
+    (4, 130, 88, None, None, mx.float16),
+    (5, 41, 192, 8, 64, mx.float32),
+    (6, 70, 40, None, None, mx.float32),
+    (7, 8, 256, 8, 128, mx.float16),
+    (8, 1100, 32, 4, 32, mx.bfloat16),
+]
+NAMES = ["tokens", "neurons", "hidden", "bits", "group_size", "dtype"]
+
 
 @dataclass(frozen=True)
 class Layer:

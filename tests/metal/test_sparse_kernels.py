@@ -4,49 +4,18 @@ from __future__ import annotations
 
 import itertools
 import re
-import shutil
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from arcee_mlx.model.relu2 import kernels
-from emulator import SCHEDULES, EmulationError, Emulator, write_source
-from sparse_cases import check, make_layer, scale_weights
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
+from emulator import SCHEDULES, EmulationError, write_source
+from sparse_cases import CASES, NAMES, check, make_layer, scale_weights
 
-# tokens, neurons, hidden, bits, group size, dtype: together all of each, and sizes that nothing divides.
-CASES = [
-    (1, 203, 320, 4, 64, mx.float32),
-    (2, 75, 384, 4, 128, mx.float16),
-    (3, 330, 96, 8, 32, mx.bfloat16),
-    (4, 130, 88, None, None, mx.float16),
-    (5, 41, 192, 8, 64, mx.float32),
-    (6, 70, 40, None, None, mx.float32),
-    (7, 8, 256, 8, 128, mx.float16),
-    (8, 1100, 32, 4, 32, mx.bfloat16),
-]
-NAMES = ["tokens", "neurons", "hidden", "bits", "group_size", "dtype"]
 SOURCES = [kernels._FOLDER / f"{name}.metal" for name in ("sparse_product", "sum_partials")]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("emulated")
-
-
-@pytest.fixture
-def emulator(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
-    emulator = Emulator(folder)
-    monkeypatch.setattr(mx.fast, "metal_kernel", emulator.metal_kernel)
-    monkeypatch.setattr(mx.cuda, "is_available", lambda: False)
-    kernels._build.cache_clear()
-    yield emulator
-    kernels._build.cache_clear()
 
 
 @pytest.mark.parametrize(",".join(NAMES), CASES)
@@ -94,7 +63,9 @@ def test_any_number_of_slabs_gives_the_product(emulator, monkeypatch, threadgrou
 
 def test_every_plan_fits_the_kernel():
     widths = [32, 64, 96, 2560, 4096, 5120, 8192]
-    for tokens, hidden, bits, neurons in itertools.product(range(1, 9), widths, (4, 8, None), (8, 1000, 18432, 200_000)):
+    for tokens, hidden, bits, neurons in itertools.product(
+        range(1, 9), widths, (4, 8, None), (8, 1000, 18432, 200_000)
+    ):
         dtype = mx.uint32 if bits else mx.float16
         rows = kernels.Rows(mx.zeros((8, hidden * (bits or 32) // 32), dtype), bits=bits, group_size=32)
         plan = kernels.plan_product(tokens, neurons, rows)
@@ -197,7 +168,22 @@ def test_afm_45b_at_its_own_size(emulator):
 
 def test_emulated_floats_round_as_mlx_does(emulator):
     kernel = mx.fast.metal_kernel("cast", ["x"], ["y"], "uint i = thread_position_in_grid.x; y[i] = T(x[i]);")
-    odd = [0.0, -0.0, 1e-8, 5.9e-8, 6e-5, 65504.0, 65519.0, 65520.0, 3.4e38, float("inf"), 2049.0, 2051.0, 1.00390625, 1e-40]
+    odd = [
+        0.0,
+        -0.0,
+        1e-8,
+        5.9e-8,
+        6e-5,
+        65504.0,
+        65519.0,
+        65520.0,
+        3.4e38,
+        float("inf"),
+        2049.0,
+        2051.0,
+        1.00390625,
+        1e-40,
+    ]
     x = mx.concatenate([mx.array(odd), mx.random.normal((500,), key=mx.random.key(0))])
     for dtype in (mx.float16, mx.bfloat16):
         (y,) = kernel(

@@ -81,7 +81,7 @@ class ByNeuron(nn.Module):
         asked = sparse or os.environ.get(VARIABLE) or "auto"
         if asked not in ("off", "on", "auto"):
             raise InputError(f"{VARIABLE} is {asked!r}; expected off, on or auto; leave it unset for auto")
-        on_gpu = mx.default_device() == mx.gpu
+        on_gpu = _on_gpu()
         if asked != "off" and not self.training and x.shape[0] <= MAX_TOKENS:
             if not on_gpu:
                 return "gathered"
@@ -216,6 +216,10 @@ def store_by_neuron(model: Any) -> None:
     for owner in (model, model.get("model")):
         if owner is not None:
             owner.config = dataclasses.replace(owner.config, down_proj_layout="by_neuron")
+
+
+def _on_gpu() -> bool:
+    return mx.default_device() == mx.gpu
 
 
 def _find_active(a: mx.array) -> mx.array | None:
