@@ -28,8 +28,8 @@ _FLAGS = ["-std=c++17", "-O1", "-w", "-ffp-contract=off", "-fno-strict-aliasing"
 _FLAGS += ["-fsanitize-undefined-trap-on-error"]
 
 
-class EmulationError(AssertionError):
-    """The kernel did not compile, crashed, or its threads did not meet."""
+class EmulationError(RuntimeError):
+    """The kernel did not compile, crashed, or its threads did not meet: RuntimeError, as MLX raises on a GPU."""
 
 
 @dataclass

@@ -152,7 +152,7 @@ class DownByNeuron(ByNeuron):
 
     def with_update(self, update: mx.array, *, dequantize: bool = False) -> DownByNeuron:
         weight = self.weight_by_neuron + update.astype(self.weight_by_neuron.dtype)
-        return DownByNeuron.from_weight(weight, self.get("bias"))
+        return DownByNeuron.from_weight(weight, self.get("bias")).train(self.training)  # type: ignore[return-value]
 
     def to_quantized(
         self, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
@@ -171,6 +171,7 @@ class QuantizedDownByNeuron(ByNeuron):
             self.biases = biases[0]
         if "bias" in layer:
             self.bias = layer.bias
+        self.train(layer.training)
         hidden = layer.weight_by_neuron.shape[1]
         self.group_size = group_size or hidden // self.scales.shape[1]
         self.bits = bits or self.weight_by_neuron.shape[1] * 32 // hidden
@@ -188,6 +189,7 @@ class QuantizedDownByNeuron(ByNeuron):
 
     def with_update(self, update: mx.array, *, dequantize: bool = False) -> ByNeuron:
         updated = DownByNeuron.from_weight(self.rows.unpack(), self.get("bias")).with_update(update)
+        updated.train(self.training)
         return updated if dequantize else updated.to_quantized(self.group_size, self.bits, self.mode)
 
 

@@ -30,7 +30,7 @@ def find_fault(dtype: mx.Dtype, bits: int | None, group_size: int | None, tokens
     try:
         error = measure_error(dtype, bits, group_size, tokens)
     except (RuntimeError, ValueError) as problem:  # the source did not compile, or the device refused it
-        fault = str(problem)
+        fault = " ".join(str(problem).split())[:600]
     else:
         if error <= TOLERANCES[dtype]:
             return None
