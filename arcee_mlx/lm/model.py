@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import mlx.core as mx
@@ -10,6 +11,7 @@ import mlx.nn as nn
 from mlx.nn.layers.distributed import shard_linear
 
 from ..checkpoint.loading import map_names, tie_names
+from ..checkpoint.quantization import read_quantization
 from ..errors import InputError
 from ..model.config import ArceeConfig
 from ..model.decoder import ArceeForCausalLM
@@ -31,6 +33,8 @@ class ModelArgs(ArceeConfig):
         args = super().from_dict(values, source=source)
         if args.dtype is not None and isinstance(values, dict):
             values["torch_dtype"] = args.dtype
+        if args.quantization is not None and "quantization" in values:  # a copy: `_name_packed_rows` writes to this one
+            object.__setattr__(args, "quantization", values["quantization"])
         return args  # type: ignore[return-value]
 
 
@@ -61,7 +65,19 @@ class Model(ArceeForCausalLM):
         if mx.default_device() == mx.cpu:
             floats = {key: x.astype(mx.float32) for key, x in arrays.items() if mx.issubdtype(x.dtype, mx.floating)}
             arrays |= floats
+        self._name_packed_rows(arrays)
         return arrays
+
+    def _name_packed_rows(self, arrays: Mapping[str, mx.array]) -> None:
+        """Gives layers stored by neuron entries of their own in the quantization table, mlx-lm's own dict.
+
+        For a layer without one mlx-lm would work out its bits from `weight`, which these do not have.
+        """
+        table = self.args.quantization
+        for key in arrays:
+            path = key.removesuffix(".scales")
+            if table and path != key and f"{path}.weight_by_neuron" in arrays:
+                table.setdefault(path, asdict(read_quantization(table, path)))
 
     def shard(self, group: mx.distributed.Group | None = None) -> None:
         """Leaves this process its share of every layer: whole heads and neurons, for mlx-lm's tensor parallelism.
