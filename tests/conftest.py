@@ -168,6 +168,8 @@ def emulator(compiled_kernels: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     emulator = Emulator(compiled_kernels)
     monkeypatch.setattr(mx.fast, "metal_kernel", emulator.metal_kernel)
     monkeypatch.setattr(mx.cuda, "is_available", lambda: False)
-    kernels._build.cache_clear()
+    for cached in (kernels._build, kernels._settings):
+        cached.cache_clear()
     yield emulator
-    kernels._build.cache_clear()
+    for cached in (kernels._build, kernels._settings):
+        cached.cache_clear()

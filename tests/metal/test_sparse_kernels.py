@@ -58,6 +58,7 @@ def test_squares_beyond_float16_are_summed_in_float32(emulator):
 @pytest.mark.parametrize("threadgroups", [1, 5, 10_000])
 def test_any_number_of_slabs_gives_the_product(emulator, monkeypatch, threadgroups):
     monkeypatch.setattr(kernels, "_FILLS_A_GPU", threadgroups)
+    kernels._settings.cache_clear()
     check(make_layer(1, 330, 320, bits=4, group_size=64, dtype=mx.float32))
 
 
@@ -67,8 +68,7 @@ def test_every_plan_fits_the_kernel():
         range(1, 9), widths, (4, 8, None), (8, 1000, 18432, 200_000)
     ):
         dtype = mx.uint32 if bits else mx.float16
-        rows = kernels.Rows(mx.zeros((8, hidden * (bits or 32) // 32), dtype), bits=bits, group_size=32)
-        plan = kernels.plan_product(tokens, neurons, rows)
+        plan = kernels.plan_product(tokens, neurons, hidden, dtype, bits or 16)
         chunks = -(-neurons // 32)
         line, per_word = 128 // dtype.size, 32 // bits if bits else 1
         assert plan.block == line * per_word <= 256
@@ -124,6 +124,7 @@ MUTATIONS = {
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_mistake_in_the_kernel_is_seen(emulator, monkeypatch, mutation):
     old, new, place = MUTATIONS[mutation]
+    kernels._settings.cache_clear()
     monkeypatch.setattr(kernels, "_FILLS_A_GPU", 1)  # all chunks in one slab: every simdgroup has work
     layer = make_layer(2, 330, 288, bits=4, group_size=32, dtype=mx.float16)
     layer = scale_weights(replace(layer, x=layer.x * 300), 1e-3)  # squares are beyond float16, their sums are not

@@ -61,7 +61,7 @@ class ByNeuron(nn.Module):
         """
         tokens, rows = x.reshape(-1, x.shape[-1]), self.rows
         shape = (*x.shape[:-1], rows.hidden)
-        path = self.choose_path(tokens, sparse)
+        path = self._choose_path(tokens, rows, sparse)
         if path == "kernel" and self._group is None:
             extra = None if residual is None else residual.reshape(-1, rows.hidden)
             return kernels.multiply(tokens, rows, self.get("bias"), extra).reshape(shape)
@@ -78,6 +78,9 @@ class ByNeuron(nn.Module):
 
     def choose_path(self, x: mx.array, sparse: Sparse | None = None) -> Path:
         """The path that `after_relu2` takes for x (M, F). While training, and where arrays are traced, it is a dense one."""
+        return self._choose_path(x, self.rows, sparse)
+
+    def _choose_path(self, x: mx.array, rows: Rows, sparse: Sparse | None) -> Path:
         asked = sparse or os.environ.get(VARIABLE) or "auto"
         if asked not in ("off", "on", "auto"):
             raise InputError(f"{VARIABLE} is {asked!r}; expected off, on or auto; leave it unset for auto")
@@ -85,14 +88,13 @@ class ByNeuron(nn.Module):
         if asked != "off" and not self.training and x.shape[0] <= MAX_TOKENS:
             if not on_gpu:
                 return "gathered"
-            rows = self.rows
             reason = kernels.explain_unserved(x, rows, self.get("bias"))
             reason = reason or self_check.find_fault(x.dtype, rows.bits, rows.group_size, x.shape[0])
             if reason is None:
                 return "kernel"
             if asked == "on":
                 raise InputError(f"{VARIABLE} is 'on' for {reason}; expected a product it can do; set it to auto")
-        return "unpacked" if on_gpu and self.rows.bits and x.shape[0] >= UNPACK_TOKENS else "dense"
+        return "unpacked" if on_gpu and rows.bits and x.shape[0] >= UNPACK_TOKENS else "dense"
 
     def shard(self, group: mx.distributed.Group) -> None:
         """Keeps this process's share of the neurons; what the processes compute is then summed.
@@ -148,7 +150,7 @@ class DownByNeuron(ByNeuron):
 
     @property
     def rows(self) -> Rows:
-        return Rows(self.weight_by_neuron)
+        return Rows(self["weight_by_neuron"])
 
     def with_update(self, update: mx.array, *, dequantize: bool = False) -> DownByNeuron:
         weight = self.weight_by_neuron + update.astype(self.weight_by_neuron.dtype)
@@ -180,7 +182,7 @@ class QuantizedDownByNeuron(ByNeuron):
 
     @property
     def rows(self) -> Rows:
-        return Rows(self.weight_by_neuron, self.scales, self.get("biases"), self.bits, self.group_size, self.mode)
+        return Rows(self["weight_by_neuron"], self["scales"], self.get("biases"), self.bits, self.group_size, self.mode)
 
     def unfreeze(self, *args: Any, **options: Any) -> nn.Module:
         """Leaves packed weights frozen, as nn.QuantizedLinear does: they cannot be trained."""

@@ -6,7 +6,8 @@ One text serves both: `cuda.h` says in CUDA what it says in Metal.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +50,20 @@ def explain_unserved(x: mx.array, rows: Rows, bias: mx.array | None = None) -> s
     return None
 
 
-def plan_product(tokens: int, neurons: int, rows: Rows) -> Plan:
-    """The widest reads that leave a thread 32 sums or so, and slabs for the neurons and for a large GPU's cores."""
-    word_bytes = rows.weights.dtype.size
-    per_word = 8 * word_bytes // _weight_bits(rows)
-    words = 16 // word_bytes
-    while words > 128 // word_bytes // 32 and tokens * words * per_word > 32:
+def plan_product(tokens: int, neurons: int, hidden: int, word: mx.Dtype, bits: int) -> Plan:
+    """The widest reads that leave a thread 32 sums or so, and slabs for the neurons and for a large GPU's cores.
+
+    Args:
+        word: what the weights are stored in.
+        bits: of a weight.
+    """
+    per_word = 8 * word.size // bits
+    words = 16 // word.size
+    while words > 128 // word.size // 32 and tokens * words * per_word > 32:
         words //= 2
-    block = 128 // word_bytes * per_word
+    block = 128 // word.size * per_word
     chunks = -(-neurons // _CHUNK)
-    slabs = max(-(-chunks // _SLAB_CHUNKS), -(-_FILLS_A_GPU // -(-rows.hidden // block)))
+    slabs = max(-(-chunks // _SLAB_CHUNKS), -(-_FILLS_A_GPU // -(-hidden // block)))
     return Plan(words, block, min(slabs, chunks))
 
 
@@ -75,71 +80,86 @@ def multiply(x: mx.array, rows: Rows, bias: mx.array | None = None, residual: mx
     Returns:
         (M, E) of x's dtype; summed in float32.
     """
-    arrays = {"x": x, "bias": bias, "residual": residual, "weights": rows.weights if rows.bits is None else None}
-    given = {name: array for name, array in arrays.items() if array is not None}
+    arrays = [x, rows.weights]
+    given = [array is not None for array in (rows.scales, bias, residual)]
+    if rows.scales is not None and rows.biases is not None:
+        arrays += [rows.scales, rows.biases]
+    arrays += [array for array in (bias, residual) if array is not None]
+    return _differentiable(rows.bits, rows.group_size, *given)(*arrays)
 
-    def read(given: dict[str, mx.array]) -> tuple[mx.array, Rows, mx.array | None, mx.array | None]:
-        own = replace(rows, weights=given.get("weights", rows.weights))
-        return given["x"], own, given.get("bias"), given.get("residual")
+
+@functools.cache  # a function of its own for each of a model's layers and tokens would cost more than the rest
+def _differentiable(
+    bits: int | None, group_size: int | None, is_packed: bool, has_bias: bool, has_residual: bool
+) -> Callable[..., mx.array]:
+    def read(arrays: Sequence[mx.array]) -> tuple[mx.array, Rows, mx.array | None, mx.array | None]:
+        x, weights, *rest = arrays
+        scales, biases = (rest.pop(0), rest.pop(0)) if is_packed else (None, None)
+        bias = rest.pop(0) if has_bias else None
+        return x, Rows(weights, scales, biases, bits, group_size), bias, rest.pop(0) if has_residual else None
 
     @mx.custom_function
-    def product(given: dict[str, mx.array]) -> mx.array:
-        return _launch(*read(given))
+    def product(*arrays: mx.array) -> mx.array:
+        return _launch(*read(arrays))
 
     @product.vjp
-    def _(given: dict[str, mx.array], cotangent: mx.array, _: mx.array) -> dict[str, mx.array]:
-        def plain(*arrays: mx.array) -> mx.array:
-            x, rows, bias, residual = read(dict(zip(given, arrays, strict=True)))
+    def _(arrays: Sequence[mx.array], cotangent: mx.array, _: mx.array) -> list[mx.array]:
+        fixed = {1, 2, 3} if is_packed else set()  # packed weights are not trained, as everywhere in MLX
+        free = [i for i in range(len(arrays)) if i not in fixed]
+
+        def plain(*own: mx.array) -> mx.array:
+            replaced = dict(zip(free, own, strict=True))
+            x, rows, bias, residual = read([replaced.get(i, array) for i, array in enumerate(arrays)])
             y = rows.multiply(relu2(x))
             return y + (0 if bias is None else bias) + (0 if residual is None else residual)
 
-        return dict(zip(given, mx.vjp(plain, list(given.values()), [cotangent])[1], strict=True))
+        gradients = dict(zip(free, mx.vjp(plain, [arrays[i] for i in free], [cotangent])[1], strict=True))
+        return [gradients[i] if i in gradients else mx.zeros_like(array) for i, array in enumerate(arrays)]
 
-    return product(given)  # type: ignore[return-value]
+    return product  # type: ignore[return-value]
 
 
 def _launch(x: mx.array, rows: Rows, bias: mx.array | None, residual: mx.array | None) -> mx.array:
-    tokens, neurons = x.shape
-    hidden = rows.hidden
-    plan = plan_product(tokens, neurons, rows)
-    shape = [("TOKENS", tokens), ("HIDDEN", hidden), ("SLABS", plan.slabs)]
+    weights = rows.weights
+    key = (*x.shape, rows.hidden, rows.bits, rows.group_size, x.dtype, weights.dtype)
+    product, total = _settings(*key, bias is not None, residual is not None)
     # A kernel has all of its inputs: one that is not there is another one's array, which it does not read. All dtypes
     # follow from the template, since MLX for CUDA knows a kernel by its name and template alone.
-    scales, biases = (rows.weights if array is None else array for array in (rows.scales, rows.biases))
+    scales, biases = (weights, weights) if rows.scales is None else (rows.scales, rows.biases)
     (partials,) = _build("sparse_product", ("x", "weights", "scales", "biases"), "partials")(
-        inputs=[x, rows.weights, scales, biases],
-        template=[
-            ("T", x.dtype),
-            ("W", rows.weights.dtype),
-            *shape,
-            ("NEURONS", neurons),
-            ("BITS", _weight_bits(rows)),
-            ("GROUP", rows.group_size or hidden),
-            ("WORDS", plan.words),
-        ],
-        grid=(-(-hidden // plan.block) * _THREADS, plan.slabs, 1),
-        threadgroup=(_THREADS, 1, 1),
-        output_shapes=[(plan.slabs, tokens, hidden)],
-        output_dtypes=[mx.float32],
+        inputs=[x, weights, scales, biases], **product
     )
     (y,) = _build("sum_partials", ("partials", "bias", "residual"), "y")(
-        inputs=[partials, *(partials if array is None else array for array in (bias, residual))],
-        template=[
-            ("T", x.dtype),
-            *shape,
-            ("HAS_BIAS", bias is not None),
-            ("HAS_RESIDUAL", residual is not None),
-        ],
-        grid=(hidden, tokens, 1),
-        threadgroup=(min(hidden, _THREADS), 1, 1),
-        output_shapes=[(tokens, hidden)],
-        output_dtypes=[x.dtype],
+        inputs=[partials, partials if bias is None else bias, partials if residual is None else residual], **total
     )
     return y
 
 
-def _weight_bits(rows: Rows) -> int:
-    return rows.bits or _FLOATS[rows.weights.dtype]
+@functools.cache
+def _settings(
+    tokens: int, neurons: int, hidden: int, bits: int | None, group_size: int | None, dtype: mx.Dtype, word: mx.Dtype,
+    has_bias: bool, has_residual: bool,
+) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+    """What the two kernels are called with besides their inputs."""
+    weight_bits = bits or _FLOATS[word]
+    plan = plan_product(tokens, neurons, hidden, word, weight_bits)
+    shape = [("TOKENS", tokens), ("HIDDEN", hidden), ("SLABS", plan.slabs)]
+    form = [("NEURONS", neurons), ("BITS", weight_bits), ("GROUP", group_size or hidden), ("WORDS", plan.words)]
+    product = {
+        "template": [("T", dtype), ("W", word), *shape, *form],
+        "grid": (-(-hidden // plan.block) * _THREADS, plan.slabs, 1),
+        "threadgroup": (_THREADS, 1, 1),
+        "output_shapes": [(plan.slabs, tokens, hidden)],
+        "output_dtypes": [mx.float32],
+    }
+    total = {
+        "template": [("T", dtype), *shape, ("HAS_BIAS", has_bias), ("HAS_RESIDUAL", has_residual)],
+        "grid": (hidden, tokens, 1),
+        "threadgroup": (min(hidden, _THREADS), 1, 1),
+        "output_shapes": [(tokens, hidden)],
+        "output_dtypes": [dtype],
+    }
+    return product, total
 
 
 @functools.cache
