@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -163,8 +164,8 @@ def compiled_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def emulator(compiled_kernels: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
     """Metal kernels run in an emulated GPU."""
-    if shutil.which("g++") is None:
-        pytest.skip("the emulator needs g++")
+    if sys.platform != "linux" or shutil.which("g++") is None:
+        pytest.skip("the emulator needs g++ on Linux; on a Mac the kernels run on Metal itself")
     emulator = Emulator(compiled_kernels)
     monkeypatch.setattr(mx.fast, "metal_kernel", emulator.metal_kernel)
     monkeypatch.setattr(mx.cuda, "is_available", lambda: False)

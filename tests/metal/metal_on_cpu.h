@@ -138,6 +138,7 @@ static bool release(int first, int count, State state, const std::function<void(
     if (state == AT_BARRIER && (a.state == AT_SIMD || b.state == AT_SIMD)) return false;  // that comes first
     if (a.state != b.state || a.line != b.line || a.operation != b.operation) fail("threads diverge", a, b);
   }
+  if (state == AT_SIMD && count < SIMD) fail("a simdgroup is not full", fibers[first], fibers[first]);
   combine(&fibers[first]);
   for (int i = first; i < first + count; i++) fibers[i].state = READY;
   return true;
