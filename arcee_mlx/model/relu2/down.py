@@ -198,6 +198,8 @@ class QuantizedDownByNeuron(ByNeuron):
 def store_by_neuron(model: Any) -> None:
     """Turns a float model's down projections into `DownByNeuron`, a layer at a time: the weights are in memory once.
 
+    Then a checkpoint of the standard layout, loaded as it is, leaves out the rows of zero neurons too.
+
     Args:
         model: ArceeForCausalLM or ArceeModel; changed in place.
 
