@@ -18,7 +18,7 @@ class TokenizerError(ArceeError):
 
 
 class HubError(ArceeError):
-    """A Hugging Face Hub id that could not be turned into local files."""
+    """A Hugging Face Hub id that could not be turned into local files, or that a folder could not be uploaded to."""
 
 
 class InputError(ArceeError, ValueError):

@@ -86,6 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibrate", nargs="?", const=True, metavar="TEXT", help="with --model: convert as --calibrate does"
     )
+    parser.add_argument("--recipe", metavar="NAME|FILE", help="with --model: convert by this recipe")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
 
 
@@ -102,16 +103,16 @@ def run(args: argparse.Namespace) -> int:
     if not work.is_dir():
         raise InputError(f"--work is {work}, no folder; expected one that exists; make it first")
     if args.model is None:
-        if args.calibrate is not None:
+        if args.calibrate is not None or args.recipe is not None:
             raise InputError(
-                "--calibrate came without --model; expected random weights rounded to nearest; add --model"
+                "--calibrate or --recipe came without --model; expected random weights in the default form; add --model"
             )
         values = measure_speed(args.layers or _LAYERS, runs=args.runs or _RUNS, work=work)
     else:
         if args.layers is not None or args.runs is not None:
             raise InputError("--layers or --runs came with --model; expected neither: a model's quality is no time")
         with work_folder(work) as folder:
-            values = compare_conversions(args.model, args.text, folder, calibrate=args.calibrate)
+            values = compare_conversions(args.model, args.text, folder, calibrate=args.calibrate, recipe=args.recipe)
     if args.json is not None:
         args.json.write_text(json.dumps({"machine": describe_machine(), **values}, indent=2) + "\n", encoding="utf-8")
     return 0

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from .. import upstream
 from ..checkpoint.quantization import Quantization
-from ..conversion.report import peak_memory_bytes
+from ..conversion.result import peak_memory_bytes
 from ..errors import ArceeError, InputError
 from ..program import run_program
 from . import plain_port
@@ -44,7 +44,7 @@ class Effort:
 
 
 def convert_in_process(
-    converter: Converter, source: Path, target: Path, *, calibrate: str | bool | None = None
+    converter: Converter, source: Path, target: Path, *, calibrate: str | bool | None = None, recipe: str | None = None
 ) -> Effort:
     """Converts a checkpoint folder to 4 bits, each converter's default.
 
@@ -53,6 +53,7 @@ def convert_in_process(
         source: folder of a float checkpoint.
         target: new folder.
         calibrate: of "arcee_mlx" alone: True, or the path of a calibration text.
+        recipe: of "arcee_mlx" alone: name or file; by default what the convert command takes.
 
     Raises:
         ArceeError: the conversion failed; the message ends with what it said.
@@ -61,6 +62,8 @@ def convert_in_process(
     command = [sys.executable, "-P", "-m", _NAME, converter, str(source), str(target)]
     if calibrate is not None:
         command += ["--calibrate"] if calibrate is True else ["--calibrate", str(calibrate)]
+    if recipe is not None:
+        command += ["--recipe", recipe]
     paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(
@@ -75,16 +78,22 @@ def convert_in_process(
 
 
 def _import_ours(args: argparse.Namespace) -> Callable[..., object]:
+    from ..conversion.recipe_file import read_recipe
+    from ..conversion.recipes import CALIBRATED_RECIPE
     from ..conversion.run import convert
 
     options: dict[str, Any] = {} if args.calibrate is None else {"calibrate": args.calibrate}
+    if name := args.recipe or (CALIBRATED_RECIPE if options else None):
+        options["recipe"] = read_recipe(name)
     return partial(convert, **options)
 
 
 def _import_mlx_lm(args: argparse.Namespace) -> Callable[..., object]:
     """mlx_lm's own function and code, but for Arcee, of which it has no model, and a tokenizer that may not be there."""
-    if args.calibrate is not None:
-        raise InputError("--calibrate came with mlx_lm; expected arcee_mlx, which alone has it; leave it out")
+    if args.calibrate is not None or args.recipe is not None:
+        raise InputError(
+            "--calibrate or --recipe came with mlx_lm; expected arcee_mlx, which alone has them; leave them out"
+        )
     plain_port.register()
     if not (args.source / "tokenizer.json").exists():
         utils: Any = upstream.mlx_lm_module("utils")
@@ -106,6 +115,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, help="checkpoint folder")
     parser.add_argument("target", type=Path, help="new folder")
     parser.add_argument("--calibrate", nargs="?", const=True, metavar="TEXT", help="as of arcee-mlx convert")
+    parser.add_argument("--recipe", metavar="NAME|FILE", help="as of arcee-mlx convert")
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -41,7 +41,7 @@ from .adapter_files import (
     read_planned,
     refuse_dora,
 )
-from .files import new_folder
+from .files import new_folder, read_header
 from .hub import resolve_folder
 from .peft import plan_peft, write_peft
 
@@ -177,9 +177,13 @@ def _plan_mlx_lm(config: AdapterConfig, modules: Mapping[str, nn.Module]) -> Pla
     file = config.path.parent / "adapters.safetensors"
     slots: dict[str, Slot] = {}
     if kind == "full":
+        stored = read_header(file) if file.exists() else {}
         for path in inside:
             for name, shape in float_shapes(modules[path]).items():
-                slots[f"{path}.{name}"] = Slot(path, name, shape)
+                if name == BY_NEURON and f"{path}.weight" in stored:  # trained in the standard layout
+                    slots[f"{path}.weight"] = Slot(path, name, shape[::-1], transposed=True)
+                else:
+                    slots[f"{path}.{name}"] = Slot(path, name, shape)
         return Plan(file, slots, {})
     own = AdapterConfig(config.path, config.take("lora_parameters", None, lambda v: isinstance(v, dict), "an object"))
     rank, scale = own.rank("rank"), own.number("scale")

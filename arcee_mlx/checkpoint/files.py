@@ -8,6 +8,7 @@ reads a whole tensor for ten rows of it, and mapped pages count as memory too.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import math
@@ -147,7 +148,9 @@ def _read_pieces(entry: TensorEntry, starts: Sequence[int], size: int) -> np.nda
                 if done < size:
                     raise CheckpointError(f"{entry.file}: ends inside {entry.name!r}; download it again")
     except OSError as error:
-        raise CheckpointError(f"{entry.file}: cannot read {entry.name!r} ({error.strerror})") from error
+        raise CheckpointError(
+            f"{entry.file}: cannot read {entry.name!r} ({error.strerror}); check the disk and try again"
+        ) from error
     return buffer
 
 
@@ -165,7 +168,10 @@ class TensorWriter:
         Args:
             path: of the file.
             tensors: name -> (safetensors dtype, shape), in the order they are to lie.
-            finished: tensors that an earlier writer of the same file has written; not empty only where it is there.
+            finished: tensors that an earlier writer of the same file has written.
+
+        Raises:
+            CheckpointError: there are such tensors, but the file is not there or has another size.
         """
         header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
         offset = 0
@@ -180,19 +186,22 @@ class TensorWriter:
         self._starts = {name: 8 + len(encoded) + header[name]["data_offsets"][0] for name in tensors}
         self._written = {name: size if name in finished else 0 for name, size in self._sizes.items()}
         self._path = path
+        nbytes = 8 + len(encoded) + offset
+        if finished and not (path.is_file() and path.stat().st_size == nbytes):
+            raise CheckpointError(f"{path}: is not the file that was begun; expected {nbytes} bytes; start over")
         self._file = open(path, "r+b" if finished else "wb", buffering=0)  # noqa: SIM115 - closed by close()
-        self._file.write(len(encoded).to_bytes(8, "little") + encoded)
-        self._file.truncate(8 + len(encoded) + offset)
+        try:
+            self._write_at(0, len(encoded).to_bytes(8, "little") + encoded)
+            self._file.truncate(nbytes)
+        except BaseException:
+            self._file.close()
+            raise
 
     def write(self, name: str, values: mx.array) -> None:
         """Appends rows to a tensor: successive calls fill it from the front."""
         data = np.ascontiguousarray(_as_numpy(values)).reshape(-1).view(np.uint8).data
-        position = self._starts[name] + self._written[name]
-        while data:
-            count = os.pwrite(self._file.fileno(), data, position)
-            self._written[name] += count
-            position += count
-            data = data[count:]
+        self._write_at(self._starts[name] + self._written[name], data)
+        self._written[name] += len(data)
 
     def is_complete(self, name: str) -> bool:
         """Whether all rows of a tensor are written."""
@@ -213,6 +222,14 @@ class TensorWriter:
     def abort(self) -> None:
         """Closes the file as it is."""
         self._file.close()
+
+    def _write_at(self, position: int, data: bytes | memoryview) -> None:
+        """Writes all of it: a disk that fills up takes a part first and says so only after."""
+        left = memoryview(data)
+        while left:
+            count = os.pwrite(self._file.fileno(), left, position)
+            position += count
+            left = left[count:]
 
 
 def plan_shards(sizes: Mapping[str, int], shard_bytes: int = SHARD_BYTES) -> dict[str, list[str]]:
@@ -325,6 +342,13 @@ def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         sync_file(descriptor)
+    except OSError as error:
+        if error.errno not in (
+            errno.EBADF,
+            errno.EINVAL,
+            errno.ENOTSUP,
+        ):  # not every file system can, as PostgreSQL notes
+            raise
     finally:
         os.close(descriptor)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, HubError, InputError
-from .hub_request import DOCUMENTS, INDEX, NEVER, TEMPLATES, Wanted, explain, find_outage
+from .hub_request import DOCUMENTS, INDEX, NEVER, TEMPLATES, Wanted, explain, find_outage, is_repo_id
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".npz", ".h5", ".msgpack", ".onnx")
 _FILE_SUFFIXES = (*_WEIGHT_SUFFIXES, ".json", ".jinja", ".txt", ".pickle", ".pkl", ".zip", ".gz")
@@ -146,18 +146,11 @@ def _locate(
     if not isinstance(path_or_id, str) or _looks_like_path(text):
         raise CheckpointError(_no_folder_message(text))
 
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(text)
-        if not text.isascii():  # what older huggingface_hub lets pass
-            raise HFValidationError(f"{text!r} is not ASCII")
-    except HFValidationError as error:
+    if not is_repo_id(text):
         raise InputError(
             f"{text!r} is neither an existing folder nor a hub id; expected a folder, or an id such as 'name' or"
             f" 'org/name'; check the spelling, and give a branch or commit as revision"
-        ) from error
+        )
     if revision is not None and not _REVISION.fullmatch(revision):
         raise InputError(f"revision is {revision!r}; expected a branch, a tag or a full commit hash; correct it")
     return Wanted(text, revision, weights, adapter)
@@ -246,14 +239,14 @@ def _fetch(wanted: Wanted, size_bytes: Mapping[str, int], *, show_progress: bool
                 revision=wanted.revision,
                 allow_patterns=[*wanted.files, *DOCUMENTS],
                 ignore_patterns=list(NEVER),
-                tqdm_class=None if show_progress and _stderr_is_terminal() else _silent_bar(),
+                tqdm_class=None if show_progress and stderr_is_terminal() else _silent_bar(),
             )
         )
     except Exception as error:  # as in _ask, and hf_xet besides
         raise explain(error, wanted, size_bytes) from error
 
 
-def _stderr_is_terminal() -> bool:
+def stderr_is_terminal() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()
 
 

@@ -64,6 +64,18 @@ class Wanted:
         return list(filter_repo_objects(names, allow_patterns=self.files, ignore_patterns=list(NEVER)))
 
 
+def is_repo_id(text: str) -> bool:
+    """Whether a repository could have this name: `name` or `org/name` in the characters the hub allows."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return text.isascii()  # what older huggingface_hub lets pass
+
+
 def find_outage(error: BaseException) -> tuple[str, str] | None:
     """Why the hub gave no answer, and what to do; None if it did answer, or something else went wrong."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
@@ -71,13 +83,13 @@ def find_outage(error: BaseException) -> tuple[str, str] | None:
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         if status == 429:
-            return f"{_site()} takes no more requests for now (429)", "wait a while, or log in with `hf auth login`"
+            return f"{site()} takes no more requests for now (429)", "wait a while, or log in with `hf auth login`"
         if status >= 500:
-            return f"{_site()} is in trouble ({status})", "try again later"
+            return f"{site()} is in trouble ({status})", "try again later"
         return None
     if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):
         return (
-            f"{_site()} could not be reached ({type(error).__name__})",
+            f"{site()} could not be reached ({type(error).__name__})",
             "check the network, the proxy and HF_ENDPOINT, and run again",
         )
     return None
@@ -95,13 +107,13 @@ def explain(error: Exception, wanted: Wanted, size_bytes: Mapping[str, int] | No
         return HubError(f"{wanted} could not be downloaded: {outage[0]}; expected an answer; {outage[1]}")
     if isinstance(cause, errors.GatedRepoError):
         return HubError(
-            f"{wanted} is gated; expected an account that may read it; open {_site()}/{wanted.repo_id}, accept the"
+            f"{wanted} is gated; expected an account that may read it; open {site()}/{wanted.repo_id}, accept the"
             f" terms, and log in as that account with `hf auth login`"
         )
     if isinstance(cause, errors.RevisionNotFoundError):
         return HubError(
             f"{wanted.repo_id!r} has no revision {wanted.revision!r}; expected a branch, a tag or a full commit hash;"
-            f" see {_site()}/{wanted.repo_id}, or leave the revision out"
+            f" see {site()}/{wanted.repo_id}, or leave the revision out"
         )
     if isinstance(cause, errors.HfHubHTTPError):
         status = cause.response.status_code
@@ -111,9 +123,9 @@ def explain(error: Exception, wanted: Wanted, size_bytes: Mapping[str, int] | No
                 f" spelling, and if it is private or the token has expired, log in with `hf auth login`"
             )
         if isinstance(cause, errors.DisabledRepoError):
-            return HubError(f"{wanted} is disabled on {_site()}; expected an open repository; choose another one")
+            return HubError(f"{wanted} is disabled on {site()}; expected an open repository; choose another one")
         return HubError(
-            f"{wanted} could not be downloaded: {_site()} answered {status}; expected 200; if it is 403, give the token"
+            f"{wanted} could not be downloaded: {site()} answered {status}; expected 200; if it is 403, give the token"
             f" permission to read and log in again with `hf auth login`, else run again"
         )
     if isinstance(cause, OSError) and cause.errno is not None:
@@ -129,9 +141,37 @@ def explain(error: Exception, wanted: Wanted, size_bytes: Mapping[str, int] | No
             f" can be written; mend its permissions, or set HF_HOME to another one"
         )
     return HubError(
-        f"{wanted} could not be downloaded ({type(cause).__name__}); expected the answers of a hub from {_site()};"
+        f"{wanted} could not be downloaded ({type(cause).__name__}); expected the answers of a hub from {site()};"
         f" check that no proxy or login page stands between and that HF_ENDPOINT is right, and run again"
     )
+
+
+def explain_upload(error: Exception, repo_id: str) -> str:
+    """What a failed upload's request means and what to do, without the answer's own words as in `explain`."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    # A file that failed over plain HTTP, and a README.md that the hub refuses, arrive wrapped in one of these.
+    cause = (error.__cause__ if type(error) in (RuntimeError, ValueError) else None) or error
+    login = "log in with `hf auth login`, or set HF_TOKEN, which goes before it"
+    if isinstance(cause, LocalTokenNotFoundError):
+        what, remedy = "there is no token", login
+    elif type(cause) is ConnectionError:  # all that hf_xet ever says
+        what = f"the storage of {site()} did not take the files"
+        remedy = "check the network and the proxy, or set HF_HUB_DISABLE_XET=1 to upload over plain HTTP"
+    elif outage := find_outage(cause):
+        what, remedy = outage
+    elif isinstance(cause, HfHubHTTPError):
+        status = cause.response.status_code
+        what, remedy = f"{site()} answered {status}", "check the repository's name and the metadata of README.md"
+        if status == 401:
+            what, remedy = f"{site()} does not know the token ({status})", login
+        elif status == 403:
+            what = f"{site()} does not allow it ({status})"
+            remedy = f"see what the token may do and that the account has space left, and if need be {login}"
+    else:
+        what = os.strerror(cause.errno) if isinstance(cause, OSError) and cause.errno else type(cause).__name__
+        remedy = "check that no proxy or login page stands between and that HF_ENDPOINT is right"
+    return f"{what}; expected {site()} to take files for {repo_id!r} with your token; {remedy}"
 
 
 def _space_needed(wanted: Wanted, size_bytes: Mapping[str, int] | None, cache: str) -> str:
@@ -145,7 +185,7 @@ def _space_needed(wanted: Wanted, size_bytes: Mapping[str, int] | None, cache: s
     return f"room for {total_bytes / 1e9:.2f} GB in all{free}"
 
 
-def _site() -> str:
+def site() -> str:
     """The hub's address, without the name and password that HF_ENDPOINT may hold."""
     from huggingface_hub import constants
 

@@ -314,6 +314,10 @@ def _refuse_misfits(checkpoint: Checkpoint, misfits: Misfits) -> None:
             if missing[0].startswith("lm_head")
             else "download it again"
         )
+        if others := misfits.unexpected:
+            advice = (
+                f"it holds {others[0].name!r}{_and_more(others)} instead: check that config and weights belong together"
+            )
         place = checkpoint.files[0] if len(checkpoint.files) == 1 else checkpoint.folder / INDEX_FILE
         raise CheckpointError(
             f"{place}: has no tensor {missing[0]!r}{_and_more(missing)}; expected shape "

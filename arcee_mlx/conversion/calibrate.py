@@ -16,16 +16,17 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from .. import upstream
-from ..checkpoint.files import DTYPES
-from ..errors import InputError
+from ..checkpoint.files import DTYPES, TensorEntry
+from ..errors import ConversionError, InputError
 from ..measure.layers import CAUSAL, LayerStream, WeightReader, check_finite
 from ..model.decoder import DecoderLayer
+from ..model.relu2.symmetry import bound_neurons
 from ..model.rope import Rotation
 from .error_feedback import ErrorFeedback, Floats, correct_weight, round_to_nearest
 from .fold import HEADROOM, Scaling, find_down, layer_scalings, needs_fold, scale_neurons
 from .plan import PlannedTensor
 from .prepare import ConversionPlan
-from .quantize import convert_slices
+from .quantize import convert_slices, has_non_finite
 from .rescale import NeuronUse, choose_factors
 
 _SEQUENCES_TOGETHER = 4
@@ -34,6 +35,7 @@ _HEAD_ROWS = 2**13
 _EMBEDDING_SHARE = 0.3
 # Larger moments are kept in float32: those of 18,432 neurons take 1.4 GB in it.
 _MOST_FLOAT64_INPUTS = 4096
+_MOST_WEIGHT = 1e15  # the squares of larger ones leave float32
 
 Converted = tuple[PlannedTensor, list[mx.array]]
 
@@ -42,6 +44,9 @@ def check_calibration(planned: ConversionPlan, *, allow_nonfinite: bool) -> None
     """Raises InputError for what error feedback has no rule for: forms other than affine, weights that are not finite."""
     if allow_nonfinite:
         raise InputError("calibration came with allow_nonfinite; expected one or the other; leave one out")
+    folds = needs_fold(planned.dtype, planned.source.config.hidden_act)
+    if not folds and not any(tensor.quantization for tensor in planned.tensors):
+        raise InputError("calibration came with a recipe that quantizes nothing; expected one that does; leave one out")
     for tensor in planned.tensors:
         if tensor.quantization is not None and tensor.quantization.mode != "affine":
             raise InputError(
@@ -74,7 +79,7 @@ class Calibration:
         self._scalings = scalings
         self._planned, self._ids = planned, ids
         self._pending = {tensor.key: tensor for tensor in planned.tensors if tensor.name not in finished}
-        self._source = LayerStream(config, WeightReader(planned.sources, None))
+        self._source = LayerStream(config, _SourceReader(planned.sources, None))
         self._result = LayerStream(config, written)
         self._folds = needs_fold(planned.dtype, config.hidden_act)
 
@@ -96,7 +101,7 @@ class Calibration:
                 wanted, given = source.norm(wanted), result.norm(given)
                 moments.add(given, given)
                 cross.add(wanted - given, given)
-            yield from self._convert_rows("lm_head", moments.mean(), cross.mean())
+            yield from self._convert_rows("lm_head", moments.take_mean(), cross.take_mean())
 
     def _convert_layer(self, index: int, pair: _Pair) -> Iterator[Converted]:
         """Converts what is pending of a layer and moves both streams behind it."""
@@ -181,7 +186,7 @@ class Calibration:
         shift: _Moments | None = None,
     ) -> Iterator[Converted]:
         """Converts the matrices of linear layers with the same inputs; `cross` or `shift` says what they should make good."""
-        feedback = None
+        feedback = mean = drift = None
         for name in names:
             key = f"{path}.{name}.weight"
             if key not in self._pending:
@@ -190,18 +195,19 @@ class Calibration:
             if tensor.quantization is None:
                 yield from self._convert_plainly(key)
                 continue
-            if feedback is None:
-                mean = moments.mean()
-                feedback = ErrorFeedback(mean)
+            if mean is None:
+                mean, drift = moments.take_mean(), None if cross is None else cross.take_mean()
             weight: Floats = np.array(self._source.weights.matrix(f"{path}.{name}"), dtype=mean.dtype)
-            if cross is not None:
-                weight = correct_weight(weight, weight @ cross.mean(), mean)
+            if drift is not None:
+                weight = correct_weight(weight, weight @ drift, mean)
             scaling = self._scalings.get(key)
             if scaling is not None:
                 weight = np.array(scaling.apply(mx.array(weight.astype(np.float32))), dtype=mean.dtype)
             if shift is not None:
-                weight = correct_weight(weight, shift.mean(), mean)
+                weight = correct_weight(weight, shift.take_mean(), mean)
+            feedback = feedback or ErrorFeedback(mean)  # after the correction, whose factor is as large as its own
             dtype = DTYPES[tensor.dtype][0]
+            _check_range(weight, tensor)
             rounding = feedback.round_by_row if tensor.by_neuron else feedback.round_by_column
             yield tensor, rounding(weight, tensor.quantization, dtype).pack(tensor.quantization, dtype)
 
@@ -218,6 +224,7 @@ class Calibration:
             weight: Floats = np.array(self._source.weights.rows(path, start, stop), dtype=np.float64)
             if cross is not None and moments is not None:
                 weight = correct_weight(weight, weight @ cross, moments)
+            _check_range(weight, tensor)
             done = (
                 round_to_nearest(weight, form, dtype)
                 if feedback is None
@@ -233,14 +240,17 @@ class Calibration:
         """Decides what the layer's neurons are scaled by, before their matrices are rounded."""
         if self._planned.source.config.hidden_act != "relu2":
             return
-        down = find_down(path, self._planned.tensors)
-        has_bias = "bias" in layer.mlp.up_proj
-        factors = np.ones(layer.mlp.down_proj.weight.shape[1])
+        mlp, down = layer.mlp, find_down(path, self._planned.tensors)
+        has_bias = "bias" in mlp.up_proj
+        check_finite(mx.array(use.importance.astype(np.float32)), f"{path}.mlp, on the calibration text,")
+        factors = np.ones(mlp.down_proj.weight.shape[1])
         if down.quantization is not None and not down.by_neuron:
-            weight = np.array(layer.mlp.down_proj.weight)
+            weight = np.array(mlp.down_proj.weight)
             factors = choose_factors(weight, use, down.quantization, DTYPES[down.dtype][0]) ** -0.5
         if self._folds:
-            folded = layer_scalings(path, HEADROOM * use.maxima * factors, self._planned.tensors, has_bias=has_bias)
+            bounds = bound_neurons(mlp.up_proj.weight, layer.post_attention_layernorm.weight, mlp.up_proj.get("bias"))
+            maxima = np.minimum(bounds, HEADROOM * use.maxima) * factors
+            folded = layer_scalings(path, maxima, self._planned.tensors, has_bias=has_bias)
             if folded:
                 factors = factors * np.array(folded[f"{path}.mlp.up_proj.weight"].rows)
         if (factors != 1).any():
@@ -256,8 +266,38 @@ class Calibration:
         for part, _ in _Pair(h, h).parts():
             final = source.norm(part)
             moments.add(final, final)
-        mean = moments.mean()
+        mean = moments.take_mean()
         return mean / np.diag(mean).mean() + _EMBEDDING_SHARE * np.eye(len(mean))
+
+
+class _SourceReader(WeightReader):
+    """Reads a source's weights, and refuses Inf and NaN: error feedback would spread them over the whole matrix."""
+
+    def vector(self, key: str) -> mx.array:
+        return _refuse_non_finite(super().vector(key), self.entries[key])
+
+    def _read(self, key: str, path: str, start: int, stop: int) -> mx.array:
+        return _refuse_non_finite(super()._read(key, path, start, stop), self.entries[key])
+
+
+def _refuse_non_finite(values: mx.array, entry: TensorEntry) -> mx.array:
+    if has_non_finite(values):
+        raise ConversionError(
+            f"{entry.file}: {entry.name!r} holds Inf or NaN; expected finite weights; download the file again, or ask "
+            f"its maker"
+        )
+    return values
+
+
+def _check_range(weight: Floats, tensor: PlannedTensor) -> None:
+    """Refuses weights that scales and biases in the stored dtype cannot reach."""
+    most = min(float(mx.finfo(DTYPES[tensor.dtype][0]).max), _MOST_WEIGHT)
+    if not float(np.abs(weight).max()) <= most:
+        source = tensor.source
+        raise ConversionError(
+            f"{source.file}: {source.name!r} holds a weight too large to be calibrated in {tensor.form}; expected at most "
+            f"{most:g}; convert without --calibrate, or to bfloat16"
+        )
 
 
 class _Pair:
@@ -298,11 +338,14 @@ class _Moments:
         self._tokens += a.shape[0]
         mx.eval(self._sum)
 
-    def mean(self) -> Floats:
-        """(m, n)."""
+    def take_mean(self) -> Floats:
+        """(m, n); gives up the sum, which of 18,432 neurons takes 1.4 GB."""
         assert self._sum is not None
+        check_finite(self._sum, "a product of activations on the calibration text")
         dtype = np.float64 if self._sum.shape[1] <= _MOST_FLOAT64_INPUTS else np.float32
-        mean: Floats = np.array(self._sum / self._tokens).astype(dtype)
+        mean: Floats = np.array(self._sum).astype(dtype)
+        self._sum = None
+        mean /= self._tokens
         return mean
 
 
@@ -313,6 +356,7 @@ class _Rounded:
         self._weights, self._path = result.weights, path
         with upstream.keep_random_state():
             self.layer = DecoderLayer(result.config)
+        self.layer.eval()
         self._names = set(dict(tree_flatten(self.layer.parameters())))
 
     def read(self, name: str) -> None:

@@ -9,20 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.quantization import MODES, Quantization
-from ..errors import InputError
+from ..errors import CheckpointError, InputError
 from ..model.config import DTYPES, LAYOUTS
 from .dry_run import describe_plan, plan_to_dict
 from .prepare import check_space, plan_conversion
 from .progress import Bar, JsonLines, Quiet
-from .recipes import BITS, GROUP_SIZES, Recipe, list_recipes, override
+from .recipes import BITS, CALIBRATED_RECIPE, GROUP_SIZES, Recipe, list_recipes, override
 from .report import summarize
-from .run import convert
-from .work_folder import measure_disk
+from .run import NUM_SAMPLES, SEQUENCE_LENGTH, convert
+from .work_folder import can_be_resumed, measure_disk
 
 DESCRIPTION = "Convert a Hugging Face checkpoint of Arcee's dense decoder to MLX, by default to 4 bits in groups of 64."
 _REFUSED = {
     ("-d", "--dequantize"): "convert the original float checkpoint instead",
-    ("--upload-repo",): "upload the folder afterwards with `hf upload REPO FOLDER`",
     ("--trust-remote-code",): "code of a checkpoint is never run, and this model needs none",
 }
 
@@ -33,6 +32,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mlx-path", default="mlx_model", metavar="FOLDER", help="new folder (default: %(default)s)")
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id")
     _add_recipe_arguments(parser)
+    parser.add_argument(
+        "--calibrate", nargs="?", const=True, default=False, metavar="TEXT",
+        help="round with error feedback on a text, the package's own or this file (default recipe then: arcee_4)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--num-samples", type=int, metavar="N", help=f"sequences to calibrate on (default: {NUM_SAMPLES})"
+    )
+    parser.add_argument("--sequence-length", type=int, metavar="N", help=f"tokens of each (default: {SEQUENCE_LENGTH})")
+    parser.add_argument(
+        "--verify", nargs="?", const=True, default=False, metavar="TEXT",
+        help="compare with the source on a text, the package's own or this file; --calibrate and --upload-repo imply it",
+    )  # fmt: skip
+    parser.add_argument("--upload-repo", metavar="USER/NAME", help="upload the result to the Hugging Face Hub")
     parser.add_argument("--force", action="store_true", help="replace the converted model that is at --mlx-path")
     parser.add_argument("--dry-run", action="store_true", help="print what would be written, and write nothing")
     parser.add_argument(
@@ -61,6 +73,11 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = choose_recipe(arguments)
     if arguments.fold_layers and not arguments.dry_run:
         raise InputError("--fold-layers came without --dry-run; expected both; add --dry-run, or leave it out")
+    for option, value in (("--num-samples", arguments.num_samples), ("--sequence-length", arguments.sequence_length)):
+        if value is not None and arguments.calibrate is False:
+            raise InputError(f"{option} came without --calibrate; expected both; add --calibrate, or leave it out")
+        if value is not None and value < 1:
+            raise InputError(f"{option} is {value}; expected at least 1; choose a larger number")
     reporter = Quiet() if arguments.quiet else JsonLines() if arguments.json else Bar()
     if arguments.dry_run:
         return _show_plan(arguments, recipe, reporter)
@@ -72,12 +89,18 @@ def run(arguments: argparse.Namespace) -> int:
             revision=arguments.revision,
             overwrite=arguments.force,
             allow_nonfinite=arguments.allow_nonfinite,
+            calibrate=arguments.calibrate,
+            num_samples=arguments.num_samples or NUM_SAMPLES,
+            sequence_length=arguments.sequence_length or SEQUENCE_LENGTH,
+            verify=arguments.verify,
+            upload_repo=arguments.upload_repo,
             reporter=reporter,
         )
-    except KeyboardInterrupt:
-        if kept_bytes := measure_disk(Path(arguments.mlx_path).expanduser().absolute()):
+    except (KeyboardInterrupt, CheckpointError) as error:
+        kept_bytes = measure_disk(Path(arguments.mlx_path).expanduser().absolute())
+        if kept_bytes and can_be_resumed(error):
             print(
-                f"stopped; {kept_bytes / 1e6:,.0f} MB are kept, and the same command goes on from there",
+                f"stopped; {kept_bytes / 1e6:,.1f} MB are kept, and the same command goes on from there",
                 file=sys.stderr,
             )
         raise
@@ -116,10 +139,15 @@ def choose_recipe(arguments: argparse.Namespace) -> Recipe:
     values = {name: getattr(arguments, f"q_{name}") for name in ("bits", "group_size", "mode")}
     given = [f"--q-{name.replace('_', '-')}" for name, value in values.items() if value is not None]
     recipe, named = Recipe(quantization=None if arguments.quantize is False else Quantization()), []
-    if arguments.recipe is not None:
+    name = arguments.recipe
+    if name is not None:
+        named = [f"--recipe {name}"]
+    elif arguments.calibrate is not False and arguments.quantize is not False and not given:
+        name = CALIBRATED_RECIPE
+    if name is not None:
         from .recipe_file import read_recipe  # YAML is not loaded without need
 
-        recipe, named = read_recipe(arguments.recipe), [f"--recipe {arguments.recipe}"]
+        recipe = read_recipe(name)
     if arguments.quantize is False and (rivals := given + (named if recipe.quantizes else [])):
         raise InputError(f"--no-quantize came with {', '.join(rivals)}; expected one or the other; leave one out")
     if arguments.quantize and not recipe.quantizes:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint.quantization import Quantization
+from .cholesky import factorize, solve_factored
 
 Floats = NDArray[np.floating]
 # Share of the mean of H's diagonal that is added to it: against directions the calibration text hardly has.
@@ -27,6 +28,7 @@ CORRECTION_DAMPING = 0.1
 _BLOCK_COLUMNS = 128
 _CLIPS = np.linspace(1.0, 0.6, 17, dtype=np.float32)
 _ROWS_AT_ONCE_WEIGHTS = 2**22
+_LEAST_SCALE = 1e-7  # as in MLX; float16 does not round it to 0
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,13 @@ class ErrorFeedback:
     def __init__(self, moments: Floats) -> None:
         """Args: moments: (in, in), the mean of x x^T over a calibration text; float32 or float64, which is computed in."""
         damped = damp(moments, DAMPING)
-        self._importance = np.diag(damped)
+        self._importance = np.diag(damped).copy()
         self._order = np.argsort(-self._importance, kind="stable")
-        # Reversed both ways, numpy's lower Cholesky factor is the upper one that is needed: moments = R R^T.
+        # Reversed both ways, the lower Cholesky factor is the upper one that is needed: moments = R R^T.
         backwards = self._order[::-1]
-        factor = np.linalg.cholesky(damped[np.ix_(backwards, backwards)])[::-1, ::-1]
-        self._feed = factor / np.diag(factor)
+        damped = damped[np.ix_(backwards, backwards)]
+        self._feed = factorize(damped)[::-1, ::-1]
+        self._feed /= np.diag(self._feed).copy()
 
     def round_by_column(self, weight: Floats, form: Quantization, dtype: mx.Dtype) -> Rounded:
         """Rounds a weight stored as nn.Linear stores it, groups along the inputs.
@@ -140,8 +143,8 @@ def correct_weight(weight: Floats, shift: Floats, moments: Floats) -> Floats:
         shift: (out, in), the mean of (wanted output - weight x) x^T.
         moments: (in, in), the mean of x x^T.
     """
-    solved: Floats = np.linalg.solve(damp(moments, CORRECTION_DAMPING), shift.T.astype(moments.dtype))
-    return weight + solved.T
+    factor = factorize(damp(moments, CORRECTION_DAMPING))
+    return weight + solve_factored(factor, shift.T.astype(moments.dtype)).T
 
 
 def round_to_nearest(weight: Floats, form: Quantization, dtype: mx.Dtype, importance: Floats | None = None) -> Rounded:
@@ -153,7 +156,7 @@ def round_to_nearest(weight: Floats, form: Quantization, dtype: mx.Dtype, import
 
 
 def damp(moments: Floats, share: float) -> Floats:
-    """Adds a share of the mean of the diagonal to it; inputs that are never there get a 1, so that nothing divides by 0."""
+    """Adds a share of the mean of the diagonal to it, 1 where all of it is 0, so that nothing divides by 0."""
     damped = moments.copy()
     diagonal = np.diag(damped)
     mean = float(diagonal.mean())
@@ -201,10 +204,10 @@ def _choose_part(groups: Floats, shares: Floats, bits: int, dtype: mx.Dtype) -> 
     """Of (rows, groups, group_size)."""
     low, high = groups.min(axis=2, keepdims=True), groups.max(axis=2, keepdims=True)
     best_error = np.full(low.shape, np.inf, np.float32)
-    best_scale, best_bias = np.empty_like(low), np.empty_like(low)
-    for clip in _CLIPS:
-        scale = _store(np.maximum((high - low) * (clip / (2**bits - 1)), 1e-8), dtype)
-        bias = _store(low * clip, dtype)
+    best_scale, best_bias = np.ones_like(low), np.zeros_like(low)
+    clips = _CLIPS[:, None, None, None]
+    scales = _store(np.maximum((high - low) * (clips / (2**bits - 1)), _LEAST_SCALE), dtype)
+    for scale, bias in zip(scales, _store(low * clips, dtype), strict=True):
         error = _nearest_codes(groups, scale, bias, bits) * scale + bias - groups
         error = np.einsum("rgc,gc->rg", np.square(error), shares)[..., None]
         better = error < best_error

@@ -18,8 +18,8 @@ from ..checkpoint.files import TensorEntry, read_rows
 from ..model.relu2.symmetry import bound_neurons, fold_exponents
 from .plan import PlannedTensor
 
-# Recorded maxima are of one text: others may reach further.
-HEADROOM = 2.0
+# Recorded maxima are of one text: others may reach further. Where the bound is lower, the bound is taken.
+HEADROOM = 4.0
 _SLICE_ROWS = 2048
 
 
@@ -124,7 +124,7 @@ def find_down(layer: str, plan: Sequence[PlannedTensor]) -> PlannedTensor:
     return next(tensor for tensor in plan if tensor.key == f"{layer}.mlp.down_proj.weight")
 
 
-def count_folded(scalings: Mapping[str, Scaling]) -> int:
+def count_scaled(scalings: Mapping[str, Scaling]) -> int:
     """Number of neurons that are scaled."""
     rows = [s.rows for key, s in scalings.items() if key.endswith("up_proj.weight") and s.rows is not None]
-    return sum(int((own < 1).sum()) for own in rows)
+    return sum(int((own != 1).sum()) for own in rows)

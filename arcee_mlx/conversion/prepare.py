@@ -18,7 +18,7 @@ from ..model.config import ArceeConfig, layout_entry, read_json
 from ..model.decoder import ArceeForCausalLM
 from .plan import PlannedTensor, describe_form, find_undivided, plan_tensors, quantization_table
 from .recipes import Recipe
-from .report import Conversion
+from .result import Conversion
 from .work_folder import measure_disk
 
 # Copied byte for byte. README.md is not among them: the conversion has a card of its own.
@@ -88,7 +88,9 @@ def plan_conversion(
     carried = find_files(folder, _CARRIED)
     conversion = Conversion(
         source=hub_id or folder.resolve().name,
+        revision=None if hub_id is None else folder.name,
         folder=target,
+        recipe=recipe,
         form=describe_form(tensors),
         is_quantized=any(t.quantization for t in tensors),
         dtype=dtype,
@@ -116,15 +118,17 @@ def plan_conversion(
 
 def _open_source(folder: Path) -> OpenedModel:
     opened = open_model(folder)
-    if opened.config.quantization or any(name.endswith(".scales") for name in opened.names):
+    scales = sorted(name for name in opened.names.values() if name.endswith(".scales"))
+    if opened.config.quantization or scales:
+        file = opened.checkpoint.entries[scales[0]].file if scales else folder / "config.json"
         raise ConversionError(
-            f"{folder}: is quantized for MLX already; expected float weights; load it as it is, or convert the original "
-            f"checkpoint it was made from"
+            f"{file}: is quantized for MLX already; expected float weights; load the model as it is, or convert the "
+            f"original checkpoint it was made from"
         )
     if opened.config.down_proj_layout != "standard":
         raise ConversionError(
-            f"{folder}: has its down projections by neuron already; expected a checkpoint as transformers saves it; "
-            f"load it as it is, or convert the original it was made from"
+            f"{folder / 'config.json'}: has down projections by neuron already; expected a checkpoint as transformers "
+            f"saves it; load it as it is, or convert the original it was made from"
         )
     return opened
 

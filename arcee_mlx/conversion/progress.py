@@ -99,8 +99,8 @@ class JsonLines(Quiet):
     def _say(self) -> None:
         assert self._state is not None
         self._said_s = time.monotonic()
-        done = self._state["bytes"] - self._begun_bytes
-        rate = done / (self._said_s - self._begun_s) if done else None
+        done, elapsed_s = self._state["bytes"] - self._begun_bytes, self._said_s - self._begun_s
+        rate = done / elapsed_s if done and elapsed_s else None
         left = None if rate is None else (self._state["total_bytes"] - self._state["bytes"]) / rate
         _print(self._state | {"bytes_per_s": rate and round(rate), "seconds_left": left and round(left, 1)})
 

@@ -14,6 +14,7 @@ from ..errors import InputError
 from ..model.config import DTYPES, LAYOUTS
 
 RECIPES = Path(__file__).with_name("recipes")  # the folder beside this module
+CALIBRATED_RECIPE = "arcee_4"  # what `--calibrate` takes where none is named
 MORE_BITS = "use_more_bits"
 BITS = tuple(sorted({bits for allowed, _ in MODES.values() for bits in allowed}))
 GROUP_SIZES = tuple(sorted({size for _, allowed in MODES.values() for size in allowed}))

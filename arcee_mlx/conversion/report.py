@@ -1,108 +1,58 @@
-"""What a conversion says of itself: the check before it gets its name, its model card, and its summary."""
+"""What a conversion says of itself: conversion.json for programs, and a summary for a person."""
 
 from __future__ import annotations
 
-import json
-import os
-import resource
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.files import open_checkpoint
-from ..checkpoint.loading import open_model
-from ..errors import ArceeError, ConversionError
+from ..checkpoint.files import write_json
 from .plan import PlannedTensor
+from .result import Conversion, describe_bytes, peak_memory_bytes
 
-CARD_FILE = "README.md"
-# What the source's card says of rights and language holds for the conversion too; the rest of it is about the source.
-_KEPT_METADATA = ("license", "license_name", "license_link", "language")
+REPORT_FILE = "conversion.json"
+_FORMAT = 1  # of conversion.json
 
 
-@dataclass(frozen=True, kw_only=True)
-class Conversion:
-    """The result of a conversion.
+def write_report(
+    folder: Path,
+    conversion: Conversion,
+    plan: Sequence[PlannedTensor],
+    *,
+    source_files: Mapping[str, str],
+    result_files: Mapping[str, str],
+) -> None:
+    """Writes conversion.json: all that can be said of a conversion, and nothing of the machine but its memory and time.
 
-    Attributes:
-        source: the hub id, or the name of the source's folder.
-        folder: of the converted checkpoint.
-        form: of the weights in words, such as "4 bits in groups of 64, bfloat16".
-        is_quantized: whether a weight does not stay a float.
-        dtype: of what is not quantized: "float32", "float16" or "bfloat16".
-        float_layers: layers that stay floats because their rows cannot be divided into whole groups.
-        carried_files: copied from the source byte for byte.
-        weights: number of weights (scales and biases of groups not counted).
-        source_bytes: of the source's tensors.
-        bytes: of the converted tensors.
-        seconds: it took, without a download.
+    Args:
+        folder: where to.
+        conversion: the result.
+        plan: what was written.
+        source_files, result_files: file name -> SHA-256.
     """
-
-    source: str
-    folder: Path
-    form: str
-    is_quantized: bool
-    dtype: str
-    float_layers: Sequence[str]
-    carried_files: Sequence[str]
-    weights: int
-    source_bytes: int
-    bytes: int
-    seconds: float = 0.0
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits on disk for each weight, scales and biases of groups included."""
-        return 8 * self.bytes / max(self.weights, 1)
-
-
-def verify(folder: Path, plan: Sequence[PlannedTensor]) -> None:
-    """Reads a converted folder back: every tensor as planned, and a model that this package loads.
-
-    Raises:
-        ConversionError: it is not what was planned.
-    """
-    try:
-        found = {name: (entry.dtype, entry.shape) for name, entry in open_checkpoint(folder).entries.items()}
-        planned = {name: spec for tensor in plan for name, spec in tensor.outputs.items()}
-        wrong = sorted(name for name in found.keys() | planned.keys() if found.get(name) != planned.get(name))
-        if wrong:
-            raise ConversionError(f"{wrong[0]!r} is {found.get(wrong[0])}; expected {planned.get(wrong[0])}")
-        open_model(folder)
-    except ArceeError as error:
-        raise ConversionError(f"the converted files are not what was planned ({error}); nothing was kept") from error
-
-
-def write_card(folder: Path, conversion: Conversion, source_folder: Path, *, hub_id: str | None) -> None:
-    """Writes the conversion's own README.md: the source's card describes other files than these."""
-    metadata: dict[str, Any] = {"library_name": "mlx", "pipeline_tag": "text-generation", "tags": ["mlx"]}
-    metadata |= _read_metadata(source_folder / CARD_FILE)
-    if hub_id is not None:
-        metadata["base_model"] = hub_id
-        if conversion.is_quantized:
-            metadata["base_model_relation"] = "quantized"
-    header = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in metadata.items())
-    text = (
-        f"---\n{header}---\n\n"
-        f"# {conversion.source} for MLX\n\n"
-        f"Converted from {conversion.source} to MLX's format by arcee_mlx ({conversion.form}). "
-        f"What the model is and how it may be used is said by its makers, in the original's model card and licence.\n"
-    )
-    with open(folder / CARD_FILE, "w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    forms: dict[str, dict[str, Any]] = {}
+    for tensor in plan:
+        own = forms.setdefault(tensor.form, {"form": tensor.form, "tensors": 0, "weights": 0, "bytes": 0})
+        own["tensors"] += 1
+        own["weights"] += tensor.weights
+        own["bytes"] += tensor.nbytes
+    values = {key: value for key, value in conversion.to_dict().items() if key != "folder"}
+    files = {"source_files": dict(source_files), "result_files": dict(result_files)}
+    write_json(folder / REPORT_FILE, {"format": _FORMAT} | values | {"forms": list(forms.values())} | files)
 
 
 def summarize(conversion: Conversion) -> str:
     """A few lines for a person to read, after the conversion."""
     lines = [
-        f"source  {conversion.source}, {_gigabytes(conversion.source_bytes)}",
-        f"output  {conversion.folder}, {_gigabytes(conversion.bytes)}",
+        f"source  {conversion.source}, {describe_bytes(conversion.source_bytes)}",
+        f"output  {conversion.folder}, {describe_bytes(conversion.bytes)}",
         f"form    {conversion.form}; {conversion.bits_per_weight:.3f} bits per weight",
-        f"effort  {conversion.seconds:.1f} s, {_gigabytes(peak_memory_bytes())} peak memory",
+        f"effort  {conversion.seconds:.1f} s, {describe_bytes(peak_memory_bytes())} peak memory",
     ]
+    if conversion.scaled_neurons:
+        lines.append(f"scaled  {conversion.scaled_neurons:,} neurons, which their down projections take back")
+    lines += _describe_quality(conversion)
     if conversion.float_layers:
         first, more = conversion.float_layers[0], len(conversion.float_layers) - 1
         lines.append(
@@ -110,38 +60,29 @@ def summarize(conversion: Conversion) -> str:
         )
     if "tokenizer.json" not in conversion.carried_files:
         lines.append("note    the source has no tokenizer.json: add one before generating text")
+    if (conversion.comparison or any(conversion.errors.values())) and find_spec("matplotlib") is None:
+        lines.append("note    no picture of the errors was drawn: pip install 'arcee-mlx[plot]'")
     return "\n".join(lines)
 
 
-def peak_memory_bytes() -> int:
-    """The most memory this process has had resident."""
-    try:
-        # ru_maxrss of Linux begins at what the starting process had (a notebook, say), and exec does not reset it.
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    except (OSError, IndexError):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _read_metadata(card: Path) -> dict[str, Any]:
-    """The kept keys of a card's YAML header; none where there is no card or no header that can be read."""
-    if not card.is_file():
-        return {}
-    from huggingface_hub import metadata_load
-
-    try:
-        values = metadata_load(card) or {}
-    except Exception:  # what a damaged header raises is the YAML library's own; a card stops no conversion
-        return {}
-    kept = {key: values[key] for key in _KEPT_METADATA if key in values}
-    # YAML has dates and nested lists too, which are no licence and no language.
-    return {
-        key: value
-        for key, value in kept.items()
-        if all(isinstance(text, str) for text in (value if isinstance(value, list) else [value]))
-    }
-
-
-def _gigabytes(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
+def _describe_quality(conversion: Conversion) -> list[str]:
+    lines, comparison = [], conversion.comparison
+    errors = [error for error in conversion.errors.values() if error]
+    if errors and conversion.calibration is None:
+        lines.append(f"checked {len(conversion.errors)} tensors; weights off by {min(errors):.2%} to {max(errors):.2%}")
+    elif conversion.errors:
+        lines.append(f"checked {len(conversion.errors)} tensors")
+    if comparison is None:
+        return lines
+    if comparison.kl_mean is None:
+        lines.append(
+            f"quality hidden states off by {comparison.hidden_error:.2%} ({comparison.tokens:,} tokens, no head)"
+        )
+    else:
+        lines.append(
+            f"quality KL {comparison.kl_mean:.2e} nats a token, 99 % below {comparison.kl_p99:.2e}; perplexity "
+            f"{comparison.perplexity_reference:.3f} -> {comparison.perplexity:.3f}; same likeliest token "
+            f"{comparison.top1_agreement:.2%} ({comparison.tokens:,} tokens)"
+        )
+    worst = ", ".join(f"{layer.index} ({layer.own:.2%})" for layer in comparison.worst_layers())
+    return [*lines, f"worst   layers {worst}: error of what each adds"]

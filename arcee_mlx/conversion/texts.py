@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from ..checkpoint.tokenizer import read_tokenizer
 from ..errors import InputError
+from ..measure.text import read_text, read_windows
 from ..model.config import ArceeConfig
 
 _FOLDER = Path(__file__).with_name("recipes")
@@ -25,8 +26,8 @@ class Sample:
 
     Attributes:
         name: of its file.
-        sha256: of its file.
-        ids: int32 (N, T).
+        sha256: of the text.
+        ids: int32 (N, T), each sequence with the model's token for the beginning of text in front, if it has one.
     """
 
     name: str
@@ -40,39 +41,31 @@ def read_sample(
     """Reads a text and cuts it into sequences, spread evenly over it.
 
     Args:
-        path: of a UTF-8 text.
+        path: of a text in UTF-8.
         folder: of the checkpoint, whose tokenizer is used.
         config: of the model.
         num_samples: sequences to take at most.
-        sequence_length: tokens of each; at most the positions the model has.
+        sequence_length: tokens of each, at most the positions the model has.
 
     Raises:
         InputError: the text cannot be read, is too short, or a number is out of range.
         TokenizerError: the checkpoint has no usable tokenizer.
     """
-    for name, value, most in (
-        ("num_samples", num_samples, 2**20), ("sequence_length", sequence_length, config.max_position_embeddings)
-    ):  # fmt: skip
-        if not 1 < value <= most:
-            raise InputError(f"{name} is {value}; expected 2 to {most}; choose a number in this range")
-    try:
-        content = Path(path).expanduser().read_bytes()
-        text = content.decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); expected a text file in UTF-8; check the path") from error
-    ids = read_tokenizer(folder).encode(text)
-    if wrong := next((i for i in ids if not 0 <= i < config.vocab_size), None):
+    if num_samples < 1 or not 8 <= sequence_length <= config.max_position_embeddings:
         raise InputError(
-            f"{folder}: its tokenizer gives id {wrong}; expected ids below vocab_size {config.vocab_size}; check that "
-            f"tokenizer and weights belong together"
+            f"num_samples is {num_samples} and sequence_length {sequence_length}; expected at least 1, and 8 to "
+            f"{config.max_position_embeddings}, the model's positions; choose others"
         )
-    whole = len(ids) // sequence_length
-    if not whole:
-        raise InputError(
-            f"{path}: has {len(ids)} tokens; expected at least sequence_length {sequence_length}; give a longer text or a "
-            f"smaller number"
-        )
-    count = min(whole, num_samples)
-    starts = [i * whole // count * sequence_length for i in range(count)]
-    rows = mx.array([ids[start : start + sequence_length] for start in starts])
-    return Sample(Path(path).name, hashlib.sha256(content).hexdigest(), rows)
+    text, tokenizer = read_text(path), read_tokenizer(folder)
+    # What a tokenizer puts in front of every text; models come to lean on it, with states found nowhere else.
+    first = tokenizer.encode("")[:1]
+    windows = read_windows(
+        tokenizer,
+        text,
+        window_tokens=sequence_length - len(first),
+        max_windows=num_samples,
+        vocab_size=config.vocab_size,
+    )
+    if first:
+        windows = mx.concatenate([mx.full((windows.shape[0], 1), first[0], windows.dtype), windows], axis=1)
+    return Sample(Path(path).name, hashlib.sha256(text.encode()).hexdigest(), windows)

@@ -87,12 +87,15 @@ def _describe_config(config: Mapping[str, Any]) -> list[str]:
     origin.append(config.get("dtype") or config.get("torch_dtype"))
     if config.get("transformers_version"):
         origin.append(f"transformers {config['transformers_version']}")
+    layout = config.get("down_proj_layout")
+    is_by_neuron = isinstance(layout, Mapping) and layout.get("name") == "by_neuron"
     biases = " and ".join(name for key, name in _BIASES if config.get(key)) or "no"
     return [
         ", ".join(str(item) for item in origin if item),
         f"{number('num_hidden_layers')} layers of {number('hidden_size')}; MLP of {number('intermediate_size')}, "
         f"{config.get('hidden_act', '?')}; {number('num_attention_heads')} query heads on "
-        f"{number('num_key_value_heads')} key-value heads of {number('head_dim')}",
+        f"{number('num_key_value_heads')} key-value heads of {number('head_dim')}"
+        + ("; down projections by neuron" if is_by_neuron else ""),
         f"vocabulary of {number('vocab_size')}; head {'tied' if config.get('tie_word_embeddings') else 'not tied'} to the "
         f"embedding; {biases} biases",
     ]

@@ -33,6 +33,7 @@ _PARTS = {
     "score": "head",
     "qa_outputs": "head",
 }
+_MATRICES = ("weight", "weight_by_neuron")
 _LISTED = 5  # mis-shaped tensors by name
 _STALE = "rotary_emb.inv_freq"
 _DTYPE_WORDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -115,9 +116,9 @@ def measure_weights(headers: Headers, quantization: Mapping[str, Any]) -> Weight
         layer, _, kind = name.rpartition(".")
         scales = entries.get(f"{layer}.scales")
         form, parameters = entry.dtype, math.prod(entry.shape)
-        if scales is not None and kind in ("weight", "scales", "biases"):
+        if scales is not None and kind in (*_MATRICES, "scales", "biases"):
             form, inputs = _quantized_form(entries, layer, quantization)
-            parameters = scales.shape[0] * inputs if kind == "weight" and scales.shape else 0
+            parameters = scales.shape[0] * inputs if kind in _MATRICES and scales.shape else 0
         amount = Amount(tensors=1, parameters=parameters, size_bytes=entry.nbytes)
         part = _part_of(name)
         parts[part] = _add([parts[part], amount]) if part in parts else amount
@@ -150,13 +151,14 @@ def _part_of(name: str) -> str:
 
 
 def _quantized_form(entries: Mapping[str, TensorEntry], layer: str, quantization: Mapping[str, Any]) -> tuple[str, int]:
-    """How a quantized layer is stored, in words, and its inputs: the file says bits, config.json the group size."""
+    """How a quantized layer is stored, in words, and the length of its rows: the file says bits, config.json the group size."""
     own = quantization.get(layer, quantization.get(layer.removeprefix("model.")))
     table = own if isinstance(own, Mapping) else quantization
     group_size, mode = table.get("group_size"), table.get("mode", "affine")
     if group_size is None and mode in tuple(MODES):  # as mlx-lm's mixed recipes write it: the mode's own
         group_size = MODES[mode][1][0]
-    weight, scales = entries.get(f"{layer}.weight"), entries[f"{layer}.scales"]
+    scales = entries[f"{layer}.scales"]
+    weight = next((entries[f"{layer}.{name}"] for name in _MATRICES if f"{layer}.{name}" in entries), None)
     if not isinstance(group_size, int) or weight is None or not weight.shape or not scales.shape or not scales.nbytes:
         return "quantized", math.prod(weight.shape[1:]) if weight is not None else 0
     inputs = scales.shape[-1] * group_size

@@ -15,7 +15,7 @@ from ..checkpoint.quantization import read_quantization
 from ..errors import InputError
 from ..model.config import ArceeConfig
 from ..model.decoder import ArceeForCausalLM
-from ..model.relu2.down import ByNeuron
+from ..model.relu2.down import ByNeuron, DownByNeuron
 
 
 class ModelArgs(ArceeConfig):
@@ -33,8 +33,6 @@ class ModelArgs(ArceeConfig):
         args = super().from_dict(values, source=source)
         if args.dtype is not None and isinstance(values, dict):
             values["torch_dtype"] = args.dtype
-        if args.quantization is not None and "quantization" in values:  # a copy: `_name_packed_rows` writes to this one
-            object.__setattr__(args, "quantization", values["quantization"])
         return args  # type: ignore[return-value]
 
 
@@ -65,19 +63,16 @@ class Model(ArceeForCausalLM):
         if mx.default_device() == mx.cpu:
             floats = {key: x.astype(mx.float32) for key, x in arrays.items() if mx.issubdtype(x.dtype, mx.floating)}
             arrays |= floats
-        self._name_packed_rows(arrays)
+        self._quantize_by_neuron(arrays)
         return arrays
 
-    def _name_packed_rows(self, arrays: Mapping[str, mx.array]) -> None:
-        """Gives layers stored by neuron entries of their own in the quantization table, mlx-lm's own dict.
-
-        For a layer without one mlx-lm would work out its bits from `weight`, which these do not have.
-        """
-        table = self.args.quantization
-        for key in arrays:
-            path = key.removesuffix(".scales")
-            if table and path != key and f"{path}.weight_by_neuron" in arrays:
-                table.setdefault(path, asdict(read_quantization(table, path)))
+    def _quantize_by_neuron(self, weights: Mapping[str, mx.array]) -> None:
+        """Quantizes what is stored by neuron and has no entry of its own: mlx-lm would look for its `weight`."""
+        table = self.args.quantization or {}
+        for i, layer in enumerate(self.layers):
+            path, down = f"model.layers.{i}.mlp.down_proj", layer.mlp.down_proj
+            if isinstance(down, DownByNeuron) and f"{path}.scales" in weights and path not in table:
+                layer.mlp.update_modules({"down_proj": down.to_quantized(**asdict(read_quantization(table, path)))})
 
     def shard(self, group: mx.distributed.Group | None = None) -> None:
         """Leaves this process its share of every layer: whole heads and neurons, for mlx-lm's tensor parallelism.

@@ -88,6 +88,7 @@ class LayerStream:
         self._rotary = RotaryEmbedding(self.config)
         with upstream.keep_random_state():
             self._layer = DecoderLayer(self.config)  # its random weights are never computed
+        self._layer.eval()
         self._unread: Any = self._layer.parameters()
         self._names: list[str] = list(dict(tree_flatten(self._unread)))
 

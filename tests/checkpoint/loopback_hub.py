@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on 127.0.0.1, as much of it as huggingface_hub needs to download a model over plain HTTP."""
+"""A Hugging Face Hub on 127.0.0.1, as much of it as huggingface_hub needs to download a model, or upload one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
+
+from loopback_upload import Uploads
 
 MAIN_COMMIT = "a" * 40
 
@@ -55,6 +57,7 @@ class LoopbackHub:
         self.requests: list[Request] = []
         self.sent_bytes: Counter[str] = Counter()  # of files' content, by name
         self.is_login_page = False  # answers everything with a web page, as a captive portal does
+        self.uploads = Uploads(self)
         self._server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
 
@@ -101,6 +104,12 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self._answer()
 
+    def do_POST(self) -> None:
+        self._answer()
+
+    def do_PUT(self) -> None:
+        self._answer()
+
     def log_message(self, format: str, *args: object) -> None:
         pass
 
@@ -123,8 +132,16 @@ class _Handler(BaseHTTPRequestHandler):
             Request(self.command, path, file or None, headers.get("Range"), headers.get("Authorization"))
         )
 
+        length = int(headers.get("Content-Length") or 0)
+        for part, status in self.hub.uploads.faults.items():
+            if part in path:
+                self.rfile.read(length if status is not None else length // 2)
+                return None if status is None else self._send(status)
+        body = self.rfile.read(length)
         if self.hub.is_login_page:
             return self._send(200, b"<html>please log in</html>", {"Content-Type": "text/html"})
+        if answer := self.hub.uploads.answer(self.command, path, headers.get("Authorization"), body):
+            return self._send_json(answer[1], status=answer[0])
         repo = self.hub.repos.get(repo_id)
         if repo is not None and repo.status is not None:
             return self._send(repo.status)
@@ -167,8 +184,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.sent_bytes[name] += len(data) - start
         self._send(206 if wanted else 200, data[start:], headers, length=length)
 
-    def _send_json(self, value: object) -> None:
-        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+    def _send_json(self, value: object, *, status: int = 200) -> None:
+        self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def _send(
         self, status: int, body: bytes = b"", headers: dict[str, str] | None = None, *, length: int | None = None

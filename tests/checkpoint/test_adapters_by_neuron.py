@@ -32,6 +32,18 @@ def near(a: np.ndarray, b: np.ndarray, atol: float = 1e-4) -> bool:
     return np.allclose(a, b, rtol=0, atol=atol)
 
 
+@pytest.mark.parametrize("bits", [0, 8])
+def test_a_full_fine_tune_of_the_standard_layout_is_turned(tmp_path: Path, bits: int) -> None:
+    folder = write_mlx_lm(tmp_path / "adapter", kind="full")
+    standard, turned = make_base(), make_turned(bits)
+    for model in (standard, turned):
+        set_adapter(model, folder)
+    names = [name for name, array in tree_flatten(turned.layers[0].parameters()) if array.dtype == mx.uint32]
+    assert not any("down_proj" in name for name in names)
+    if not bits:  # else the embedding is not the same
+        assert near(logits(turned), logits(standard))
+
+
 @pytest.mark.parametrize("write", [write_peft, write_mlx_lm])
 def test_an_adapter_gives_what_it_gives_on_the_standard_layout(tmp_path: Path, write) -> None:
     folder = write(tmp_path / "adapter")

@@ -20,6 +20,7 @@ from arcee_mlx.checkpoint.files import (
     INDEX_FILE,
     WEIGHTS_FILE,
     open_checkpoint,
+    read_columns,
     read_header,
     read_rows,
     same_content,
@@ -271,15 +272,34 @@ def test_rows_outside_the_tensor_are_refused(tmp_path: Path, start: int, stop: i
         read_rows(read_header(path)["x"], start, stop)
 
 
-def test_file_cut_after_it_was_checked_is_a_checkpoint_error(tmp_path: Path) -> None:
-    path = write(tmp_path / WEIGHTS_FILE, {"x": mx.ones((9, 2))})
+@pytest.mark.parametrize("dtype", NAMES, ids=str)
+def test_columns_are_the_transposed_slices_of_the_matrix(tmp_path: Path, dtype: mx.Dtype) -> None:
+    array = (mx.random.normal((5, 13), key=mx.random.key(1)) * 100).astype(dtype)
+    path = write(tmp_path / WEIGHTS_FILE, {"before": mx.ones((3,)), "x": array, "z": mx.ones((5,))})
+    entry, whole = read_header(path)["x"], bits(array).T
+    for start, stop in ((0, 13), (0, 1), (12, 13), (4, 8), (8, 12), (7, 7), (13, 13)):
+        columns = read_columns(entry, start, stop)
+        assert columns.dtype == dtype and columns.shape == (stop - start, 5)
+        assert np.array_equal(bits(columns), whole[start:stop])
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 14), (-1, 2), (5, 3)])
+def test_columns_outside_the_matrix_are_refused(tmp_path: Path, start: int, stop: int) -> None:
+    path = write(tmp_path / WEIGHTS_FILE, {"x": mx.ones((5, 13))})
+    with pytest.raises(InputError, match="of 'x'; expected a range within its 13 columns"):
+        read_columns(read_header(path)["x"], start, stop)
+
+
+@pytest.mark.parametrize("read", [read_rows, read_columns])
+def test_file_cut_after_it_was_checked_is_a_checkpoint_error(tmp_path: Path, read: Callable[..., mx.array]) -> None:
+    path = write(tmp_path / WEIGHTS_FILE, {"x": mx.ones((9, 9))})
     entry = read_header(path)["x"]
     os.truncate(path, entry.end - 1)
     with pytest.raises(CheckpointError, match="ends inside 'x'"):
-        read_rows(entry, 0, 9)
+        read(entry, 0, 9)
     path.unlink()
-    with pytest.raises(CheckpointError, match="cannot read 'x'"):
-        read_rows(entry, 0, 9)
+    with pytest.raises(CheckpointError, match=r"cannot read 'x' \(No such file or directory\); check the disk"):
+        read(entry, 0, 9)
 
 
 def test_content_is_compared_to_the_bit(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 
+from arcee_mlx.checkpoint import files
 from arcee_mlx.checkpoint.files import (
     WEIGHTS_FILE,
     TensorWriter,
@@ -60,6 +62,89 @@ def test_incomplete_tensor_is_an_error_at_closing(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="'x' has 36 bytes; expected 40"):
         writer.close()
     writer.abort()
+
+
+def test_writer_goes_on_with_a_file_and_leaves_finished_tensors_as_they_are(tmp_path: Path) -> None:
+    path, table = tmp_path / "x.safetensors", dict.fromkeys("abc", ("F32", (4, 3)))
+    first, second = (mx.random.normal((4, 3), key=mx.random.key(seed)) for seed in (0, 1))
+    writer = TensorWriter(path, table)
+    writer.write("b", first)
+    writer.write("a", first[:2])  # not finished
+    writer.abort()
+    writer = TensorWriter(path, table, finished=["b"])
+    assert [writer.is_complete(name) for name in "abc"] == [False, True, False]
+    for name in "ca":
+        writer.write(name, second[:1])
+        writer.write(name, second[1:])
+        assert writer.is_complete(name)
+    writer.close()
+    loaded = mx.load(str(path))
+    assert all(mx.array_equal(loaded[name], values) for name, values in (("a", second), ("b", first), ("c", second)))
+    assert list(read_header(path)) == list("abc")
+
+
+@pytest.mark.parametrize("left", [None, 100, 153, 161])
+def test_writer_refuses_to_go_on_with_another_file(tmp_path: Path, left: int | None) -> None:
+    path, table = tmp_path / "x.safetensors", {"a": ("F32", (4,)), "b": ("F32", (4,))}
+    TensorWriter(path, table).abort()
+    size = path.stat().st_size
+    if left is None:
+        path.unlink()
+    else:
+        os.truncate(path, left)
+    with pytest.raises(CheckpointError, match=f"x.safetensors: is not the file that was begun; expected {size} bytes"):
+        TensorWriter(path, table, finished=["a"])
+    assert not path.exists() or path.stat().st_size == left
+    TensorWriter(path, table).abort()
+    assert path.stat().st_size == size
+
+
+def test_disk_that_takes_a_part_at_a_time_gets_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda descriptor, data, position: real(descriptor, data[:7], position))
+    write_tensors(tmp_path, tensors())
+    loaded = open_checkpoint(tmp_path).arrays()
+    assert all(mx.array_equal(loaded[name], array) for name, array in tensors().items())
+
+
+def test_disk_that_is_full_at_the_header_leaves_no_open_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", fail)
+    with pytest.raises(OSError, match="No space left"):  # a file left open would be a warning, and that an error
+        TensorWriter(tmp_path / "x.safetensors", {"x": ("F32", (4,))})
+
+
+def test_macos_is_asked_to_write_past_the_drives_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(files.fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(files.fcntl, "fcntl", lambda _, command: asked.append(f"fcntl {command}"))
+    monkeypatch.setattr(os, "fsync", lambda _: asked.append("fsync"))
+    write_json(tmp_path / "x.json", {})
+    assert asked == ["fcntl 51"]
+
+    def refuse(_: int, command: int) -> None:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(files.fcntl, "fcntl", refuse)  # as a network drive does
+    write_json(tmp_path / "x.json", {})
+    assert asked == ["fcntl 51", "fsync"]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_file_systems_that_cannot_sync_folders_are_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    if number == errno.EINVAL:
+        files.sync_folder(tmp_path)
+        return
+    with pytest.raises(OSError, match="Input/output error"):
+        files.sync_folder(tmp_path)
 
 
 def test_shapes_without_elements_and_without_dimensions_are_written(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ import numpy as np
 import safetensors
 
 from arcee_mlx.conversion.recipes import Quantization, Recipe
-from arcee_mlx.conversion.report import peak_memory_bytes
+from arcee_mlx.conversion.result import peak_memory_bytes
 from arcee_mlx.conversion.run import convert
 from arcee_mlx.errors import ArceeError
 

@@ -212,7 +212,8 @@ def test_the_files_beside_the_weights_are_carried_along_and_nothing_else(tmp_pat
     for name, content in CARRIED.items():
         assert (tmp_path / "out" / name).read_bytes() == content
     assert set(conversion.carried_files) == set(CARRIED)
-    own = {"config.json", "model.safetensors", "model.safetensors.index.json", "README.md"}
+    own = {"config.json", "model.safetensors", "model.safetensors.index.json", "README.md", "conversion.json"}
+    own |= {"conversion.png"}  # the tests' environment has matplotlib
     found = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
     assert found == own | set(CARRIED)
 
@@ -272,7 +273,7 @@ def test_layers_that_stay_floats_are_named_in_the_result(tmp_path):
 
 _MEASURED = """
 import sys
-from arcee_mlx.conversion.report import peak_memory_bytes
+from arcee_mlx.conversion.result import peak_memory_bytes
 from arcee_mlx.conversion.run import convert
 convert(sys.argv[1], sys.argv[2])
 print(peak_memory_bytes())

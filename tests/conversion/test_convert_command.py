@@ -1,7 +1,9 @@
 """The conversion script as a user meets it: options meant or refused by name, one line for an error, a clean stdout."""
 
+import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +14,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from arcee_mlx import ArceeConfig, ArceeForCausalLM, cli, load_model
-from arcee_mlx.conversion import command
+from arcee_mlx.checkpoint import files
+from arcee_mlx.conversion import command, work_folder
+from arcee_mlx.conversion.progress import Bar
 
 SCRIPT = Path(__file__).parents[2] / "convert/hf_to_mlx.py"
 SHAPE = {
@@ -116,7 +120,6 @@ def test_force_is_needed_to_replace_a_converted_model(source, tmp_path, capsys):
         (["--bits", "4"], "unrecognized arguments: --bits 4"),
         (["-d"], "-d is not offered; convert the original"),
         (["--dequantize"], "--dequantize is not offered; convert the original"),
-        (["--upload-repo", "me/model"], "--upload-repo is not offered; upload the folder afterwards"),
         (["--trust-remote-code"], "--trust-remote-code is not offered; code of a checkpoint is never run"),
     ],
 )
@@ -183,14 +186,52 @@ def test_a_mistake_of_the_users_is_one_line(tmp_path):
     assert done.stderr.startswith("error: no such folder './nowhere'")
 
 
-def test_ctrl_c_ends_with_130_and_leaves_nothing(source, tmp_path, monkeypatch, capsys):
-    def interrupt(*_args, **_options):
-        signal.raise_signal(signal.SIGINT)
+def interrupt(*_args, **_options):
+    signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("arcee_mlx.conversion.run.write_card", interrupt)
+
+def test_ctrl_c_ends_with_130_and_says_what_is_kept(source, tmp_path, monkeypatch, capsys):
+    arguments = ["--hf-path", source, "--mlx-path", tmp_path / "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr("arcee_mlx.conversion.run.write_card", interrupt)
+        assert run_here(*arguments) == 130
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(r"stopped; 0\.\d MB are kept, and the same command goes on from there\ninterrupted\n", err)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.partial", "in"]
+    assert run_here(*arguments) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_ctrl_c_before_anything_is_finished_says_nothing_more_and_leaves_nothing(source, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("arcee_mlx.conversion.quantize.read_rows", interrupt)
     assert run_here("--hf-path", source, "--mlx-path", tmp_path / "out") == 130
-    assert capsys.readouterr().err == "interrupted\n"
+    assert capsys.readouterr() == ("", "interrupted\n")
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "number", "says"),
+    [
+        (os, "pwrite", errno.ENOSPC, "No space left on device.*the same command again, which goes on from here"),
+        (files, "open", errno.EIO, "are kept, and the same command goes on.*\nerror: .*in/model.*Input/output error"),
+    ],
+    ids=["full", "unreadable"],
+)
+def test_a_disk_that_fails_is_an_error_that_says_how_to_go_on(
+    source, tmp_path, monkeypatch, capsys, owner, name, number, says
+):
+    def fail(*_args, **_options):
+        raise OSError(number, os.strerror(number))
+
+    arguments = ["--hf-path", source, "--mlx-path", tmp_path / "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(work_folder, "COMMIT_EVERY_S", 0.0)
+        patch.setattr(Bar, "advance", lambda *_: patch.setattr(owner, name, fail, raising=False))  # after one tensor
+        assert run_here(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and re.search(says, err), err
+    assert run_here(*arguments) == 0
 
 
 def test_converting_imports_neither_mlx_lm_nor_transformers_nor_torch(source, tmp_path):

@@ -1,6 +1,5 @@
 """What `convert` refuses, and that a failure leaves what was there before: all or nothing."""
 
-import errno
 import json
 import os
 
@@ -8,7 +7,7 @@ import mlx.core as mx
 import pytest
 
 from arcee_mlx import ArceeConfig, load_model
-from arcee_mlx.conversion import quantize, run
+from arcee_mlx.conversion import prepare, quantize, run, work_folder
 from arcee_mlx.conversion.recipes import Quantization, Recipe
 from arcee_mlx.conversion.run import convert
 from arcee_mlx.errors import CheckpointError, ConfigError, ConversionError, InputError
@@ -51,37 +50,23 @@ def test_overwrite_never_takes_the_place_of_the_source(tmp_path):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize(
-    ("failure", "seen", "says"),
-    [
-        (CheckpointError("in/model.safetensors: cannot read 'x' (Input/output error)"), CheckpointError, "cannot read"),
-        (
-            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
-            ConversionError,
-            "No space left on device.*nothing was kept",
-        ),
-        (KeyboardInterrupt(), KeyboardInterrupt, None),
-    ],
-    ids=["read_error", "disk_full", "ctrl_c"],
-)
-def test_a_failure_in_the_middle_leaves_what_was_there_before(tmp_path, monkeypatch, failure, seen, says, overwrite):
+def test_a_failure_in_the_middle_leaves_what_was_there_before(tmp_path, monkeypatch, overwrite):
+    """Of failures that the same command may not meet again, see test_interrupted.py."""
     source = write_source(tmp_path / "in")
     if overwrite:
         convert(source, tmp_path / "out", FLOAT)
-    place, name = (os, "pwrite") if isinstance(failure, OSError) else (quantize, "read_rows")
-    real, calls = getattr(place, name), []
+    real, calls = quantize.read_rows, []
 
-    def fail_at_the_ninth(*args):
+    def find_the_ninth_cut_off(*args):
         calls.append(args)
         if len(calls) == 9:
-            raise failure
+            raise CheckpointError("in/model.safetensors: ends inside 'x'; download it again")
         return real(*args)
 
-    monkeypatch.setattr(place, name, fail_at_the_ninth)
-    with pytest.raises(seen, match=says):
+    monkeypatch.setattr(work_folder, "COMMIT_EVERY_S", 0.0)
+    monkeypatch.setattr(quantize, "read_rows", find_the_ninth_cut_off)
+    with pytest.raises(CheckpointError, match="ends inside"):
         convert(source, tmp_path / "out", overwrite=overwrite)
-    monkeypatch.undo()
-    assert len(calls) >= 9
     assert sorted(p.name for p in tmp_path.iterdir()) == (["in", "out"] if overwrite else ["in"])
     if overwrite:
         assert load_model(tmp_path / "out").config.quantization is None
@@ -97,8 +82,8 @@ def test_a_truncated_source_is_refused_before_anything_is_written(tmp_path):
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     source = write_source(tmp_path / "in")
-    monkeypatch.setattr(run.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 123_000}))
-    monkeypatch.setattr(run, "new_folder", lambda *_: pytest.fail("started writing"))
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 123_000}))
+    monkeypatch.setattr(run, "open_work_folder", lambda *_, **__: pytest.fail("started writing"))
     with pytest.raises(ConversionError, match=r"0\.00 GB free; expected 0\.02 GB"):
         convert(source, tmp_path / "deep/down/out")
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
@@ -106,8 +91,12 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path
 
 def test_a_converted_checkpoint_is_not_converted_again(tmp_path):
     convert(write_source(tmp_path / "in"), tmp_path / "mid")
-    with pytest.raises(ConversionError, match="quantized for MLX already.*the original"):
+    with pytest.raises(ConversionError, match=r"mid/model\.safetensors: is quantized for MLX already.*the original"):
         convert(tmp_path / "mid", tmp_path / "out")
+    convert(tmp_path / "in", tmp_path / "by_neuron", Recipe(quantization=None, layout="by_neuron"))
+    with pytest.raises(ConversionError, match=r"by_neuron/config\.json: has down projections by neuron.*the original"):
+        convert(tmp_path / "by_neuron", tmp_path / "out")
+    assert_nothing_left(tmp_path)
 
 
 def test_weights_that_do_not_fit_the_config_are_refused_before_anything_is_written(tmp_path):
@@ -151,11 +140,11 @@ def test_non_finite_values_are_found_and_finite_ones_are_not_taken_for_them(dtyp
 
 def test_what_was_written_is_read_back_and_compared_with_the_plan(tmp_path, monkeypatch):
     source = write_source(tmp_path / "in")
-    monkeypatch.setattr(run, "_write_weights", lambda folder, plan, **_: write_other_weights(folder))
 
-    def write_other_weights(folder):
-        mx.save_safetensors(str(folder / "model.safetensors"), {"model.norm.weight": mx.ones((3,))})
+    def write_other_weights(work, *_, **__):
+        mx.save_safetensors(str(work.model / "model.safetensors"), {"model.norm.weight": mx.ones((3,))})
 
+    monkeypatch.setattr(run, "_write_weights", write_other_weights)
     with pytest.raises(ConversionError, match="not what was planned.*nothing was kept"):
         convert(source, tmp_path / "out")
     assert_nothing_left(tmp_path)
