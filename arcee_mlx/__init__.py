@@ -35,6 +35,7 @@ from .inspection.results import Inspection
 from .inspection.run import inspect_checkpoint
 from .model.config import ArceeConfig
 from .model.decoder import ArceeForCausalLM, ArceeModel, BaseModelOutput, CausalLMOutput
+from .model.relu2.down import store_by_neuron
 
 __all__ = [
     "DEMO_MODEL",
@@ -75,5 +76,6 @@ __all__ = [
     "save_peft_adapter",
     "save_prompt_cache",
     "set_adapter",
+    "store_by_neuron",
     "stream_generate",
 ]

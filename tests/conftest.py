@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +17,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from arcee_mlx import ArceeConfig, ArceeForCausalLM, save_checkpoint
+from arcee_mlx.model.relu2 import kernels
 
+from emulator import Emulator
 from loopback_hub import LoopbackHub
 
 # Modules that assert on behalf of several test files: a failure shows what they compared, too.
@@ -149,3 +153,24 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub
         close_session()
         yield server
     close_session()
+
+
+@pytest.fixture(scope="session")
+def compiled_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the emulator keeps what it compiled."""
+    return tmp_path_factory.mktemp("emulated")
+
+
+@pytest.fixture
+def emulator(compiled_kernels: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
+    """Metal kernels run in an emulated GPU."""
+    if sys.platform != "linux" or shutil.which("g++") is None:
+        pytest.skip("the emulator needs g++ on Linux; on a Mac the kernels run on Metal itself")
+    emulator = Emulator(compiled_kernels)
+    monkeypatch.setattr(mx.fast, "metal_kernel", emulator.metal_kernel)
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: False)
+    for cached in (kernels._build, kernels._settings):
+        cached.cache_clear()
+    yield emulator
+    for cached in (kernels._build, kernels._settings):
+        cached.cache_clear()

@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
 import arcee_mlx
 from arcee_mlx import GenerateOptions
 from arcee_mlx.model.config import ArceeConfig
+from arcee_mlx.model.relu2.down import store_by_neuron
 from arcee_mlx.model.rope import RotaryEmbedding, _rotate, rotate
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -61,6 +63,24 @@ def test_the_demo_writes_what_it_writes_on_the_cpu(device: str, kv: dict[str, in
     mx.set_default_device(mx.cpu)
     there = arcee_mlx.generate(*arcee_mlx.load(arcee_mlx.DEMO_MODEL, dtype="float32"), TEXT, options)
     assert here[:20] == there[:20]  # further on, rounding may choose another word
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_rows_of_zero_neurons_left_out_change_nothing(
+    device: str, bits: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = arcee_mlx.load(Path(__file__).parent / "assets" / "demo", dtype="float32")
+    store_by_neuron(model)
+    if bits is not None:
+        nn.quantize(model, group_size=64, bits=bits, class_predicate=lambda path, _: path.endswith("down_proj"))
+    logits = []
+    for sparse in ("on", "off"):
+        monkeypatch.setenv("ARCEE_MLX_SPARSE", sparse)
+        cache = model.make_cache()
+        model(mx.array([tokenizer.encode(TEXT)]), cache)
+        steps = [model(mx.array([ids]), cache) for ids in ([5], [300], [17, 42, 7, 255])]
+        logits.append(np.array(mx.concatenate(steps, axis=1)))
+    np.testing.assert_allclose(logits[0], logits[1], atol=TOLERANCE[device], rtol=0)
 
 
 def test_the_checkpoints_own_dtype_is_near_float32(device: str) -> None:

@@ -16,13 +16,15 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import CheckpointError, ConfigError
+from ..model.relu2.down import ByNeuron
 from .files import FLOATS, TensorEntry, read_header
 
 CONFIG_FILE = "adapter_config.json"
+BY_NEURON = "weight_by_neuron"
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
-ADAPTABLE = (nn.Linear, nn.QuantizedLinear, *EMBEDDINGS)
+ADAPTABLE = (nn.Linear, nn.QuantizedLinear, ByNeuron, *EMBEDDINGS)
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,8 @@ def read_planned(plan: Plan) -> Adapter:
 
 def dimensions(module: nn.Module) -> tuple[int, int]:
     """Inputs and outputs of a linear layer, float or quantized; rows and columns of an embedding."""
+    if isinstance(module, ByNeuron):
+        return module.rows.weights.shape[0], module.rows.hidden
     rows, columns = module.weight.shape
     if isinstance(module, QUANTIZED):
         columns = columns * 32 // module.bits
@@ -122,11 +126,27 @@ def dimensions(module: nn.Module) -> tuple[int, int]:
 def float_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shapes of a module's parameters, as if it were not quantized."""
     shapes = {name: tuple(array.shape) for name, array in module.parameters().items()}
-    if not isinstance(module, QUANTIZED):
+    if not isinstance(module, (*QUANTIZED, ByNeuron)):
         return shapes
     inputs, outputs = dimensions(module)
+    bias = {name: shape for name, shape in shapes.items() if name == "bias"}
+    if isinstance(module, ByNeuron):
+        return {BY_NEURON: (inputs, outputs)} | bias
     weight = (inputs, outputs) if isinstance(module, EMBEDDINGS) else (outputs, inputs)
-    return {"weight": weight} | {name: shape for name, shape in shapes.items() if name == "bias"}
+    return {"weight": weight} | bias
+
+
+def refuse_dora(path: str, module: nn.Module, source: Path) -> None:
+    """Stops at DoRA on a layer that has no form of it: it needs the lengths of the columns of a matrix kept by rows.
+
+    Raises:
+        ConfigError: naming the layer and the config that asks for it.
+    """
+    if isinstance(module, ByNeuron):
+        raise ConfigError(
+            f"{source}: DoRA on {path!r}, which is stored by neuron; expected LoRA, or the standard layout; convert the "
+            f"base anew: arcee-mlx convert --layout standard"
+        )
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,10 @@ from .. import upstream
 from ..errors import ConfigError, InputError
 from ..model.config import read_json
 from ..model.decoder import ArceeForCausalLM, ArceeModel
-from ..model.relu2.down import DownByNeuron, QuantizedDownByNeuron
+from ..model.relu2.down import ByNeuron, DownByNeuron
 from .adapter_files import (
     ADAPTABLE,
+    BY_NEURON,
     CONFIG_FILE,
     EMBEDDING,
     EMBEDDINGS,
@@ -38,6 +39,7 @@ from .adapter_files import (
     float_shapes,
     is_int,
     read_planned,
+    refuse_dora,
 )
 from .files import new_folder, read_header
 from .hub import resolve_folder
@@ -60,7 +62,6 @@ def set_adapter(model: Model, path_or_id: str | os.PathLike[str] | None) -> None
         ConfigError: adapter_config.json is malformed, or asks for what is not supported.
         CheckpointError: a file is missing or damaged, or a tensor is missing, unexpected or mis-shaped.
         HubError: a hub id could not be downloaded.
-        InputError: it updates a down projection that the model has by neuron.
     """
     modules, adapter = _base_modules(model), Adapter({}, {})
     if path_or_id is not None:
@@ -155,23 +156,8 @@ def _read_adapter(folder: Path, modules: Mapping[str, nn.Module], model: Model) 
     config = AdapterConfig(folder / CONFIG_FILE, read_json(folder / CONFIG_FILE))
     if "peft_type" in config.values:
         tied = isinstance(model, ArceeForCausalLM) and "lm_head" not in model
-        plan = plan_peft(config, modules, tied=tied)
-    else:
-        plan = _plan_mlx_lm(config, modules)
-    _refuse_by_neuron(plan, modules)
-    return read_planned(plan)
-
-
-def _refuse_by_neuron(plan: Plan, modules: Mapping[str, nn.Module]) -> None:
-    """Raises InputError for an update of a layer that mlx-lm's layers cannot be put around."""
-    paths = [path for path, own in modules.items() if isinstance(own, DownByNeuron | QuantizedDownByNeuron)]
-    names = read_header(plan.file) if paths and plan.file.exists() else ()
-    for path in paths:
-        if any(f"{path}." in name and name.rpartition(".")[2] not in modules[path] for name in names):
-            raise InputError(
-                f"{plan.file}: updates {path!r}, which this model has by neuron; expected an adapter on other layers; "
-                f"convert the original again with --layout standard, and put the adapter on that"
-            )
+        return read_planned(plan_peft(config, modules, tied=tied))
+    return read_planned(_plan_mlx_lm(config, modules))
 
 
 def _plan_mlx_lm(config: AdapterConfig, modules: Mapping[str, nn.Module]) -> Plan:
@@ -191,9 +177,13 @@ def _plan_mlx_lm(config: AdapterConfig, modules: Mapping[str, nn.Module]) -> Pla
     file = config.path.parent / "adapters.safetensors"
     slots: dict[str, Slot] = {}
     if kind == "full":
+        stored = read_header(file) if file.exists() else {}
         for path in inside:
             for name, shape in float_shapes(modules[path]).items():
-                slots[f"{path}.{name}"] = Slot(path, name, shape)
+                if name == BY_NEURON and f"{path}.weight" in stored:  # trained in the standard layout
+                    slots[f"{path}.weight"] = Slot(path, name, shape[::-1], transposed=True)
+                else:
+                    slots[f"{path}.{name}"] = Slot(path, name, shape)
         return Plan(file, slots, {})
     own = AdapterConfig(config.path, config.take("lora_parameters", None, lambda v: isinstance(v, dict), "an object"))
     rank, scale = own.rank("rank"), own.number("scale")
@@ -208,6 +198,7 @@ def _plan_mlx_lm(config: AdapterConfig, modules: Mapping[str, nn.Module]) -> Pla
         slots[f"{path}.lora_b"] = Slot(path, "lora_b", (rank, outputs))
         scales[path] = scale
         if kind == "dora":
+            refuse_dora(path, module, config.path)
             slots[f"{path}.m"] = Slot(path, "m", (inputs if isinstance(module, EMBEDDINGS) else outputs,))
         if kind == "dora" and isinstance(module, nn.QuantizedEmbedding):
             raise ConfigError(
@@ -251,7 +242,11 @@ def _install(model: Model, modules: Mapping[str, nn.Module]) -> None:
 
 
 def _with_update(base: nn.Module, update: LowRank) -> nn.Module:
-    """mlx-lm's layer around a base's."""
+    """mlx-lm's layer around a base's, or our own where it has none."""
+    if isinstance(base, ByNeuron):
+        own = base.to_lora(r=update.a.shape[1], dropout=update.dropout, scale=update.scale)
+        own.lora_a, own.lora_b = update.a, update.b
+        return own.train(base.training)
     embedding, dora = isinstance(base, EMBEDDINGS), update.magnitude is not None
     room = upstream.mlx_lm_module("tuner.dora" if dora else "tuner.lora")
     kind = getattr(room, ("DoRA" if dora else "LoRA") + ("Embedding" if embedding else "Linear"))
@@ -265,6 +260,8 @@ def _with_update(base: nn.Module, update: LowRank) -> nn.Module:
 def _with_weights(base: nn.Module, weights: Mapping[str, mx.array], dtype: mx.Dtype) -> nn.Module:
     """A module like the base's, float if that is quantized, in which some parameters are others."""
     own: Any = copy.copy(base)
+    if isinstance(base, ByNeuron) and BY_NEURON in weights:
+        own = DownByNeuron.from_weight(weights[BY_NEURON], base.get("bias"))
     if isinstance(base, QUANTIZED) and "weight" in weights:
         own = nn.Embedding(1, 1) if isinstance(base, nn.QuantizedEmbedding) else nn.Linear(1, 1, bias=False)
         if "bias" in base:

@@ -21,6 +21,7 @@ import mlx.nn as nn
 from ..errors import ConfigError
 from .adapter_files import (
     ADAPTABLE,
+    BY_NEURON,
     CONFIG_FILE,
     EMBEDDING,
     EMBEDDINGS,
@@ -35,6 +36,7 @@ from .adapter_files import (
     is_number,
     is_pattern,
     is_rank,
+    refuse_dora,
 )
 from .files import DTYPE_NAMES, TensorWriter, write_json
 
@@ -83,6 +85,7 @@ def plan_peft(config: AdapterConfig, modules: Mapping[str, nn.Module], *, tied: 
             slots[name_a] = Slot(path, "lora_a", (r, inputs), transposed=True)
             slots[name_b] = Slot(path, "lora_b", (outputs, r), transposed=True)
             if use_dora:
+                refuse_dora(path, module, config.path)
                 slots[name_m] = Slot(path, "m", (outputs,))
             key += ".base_layer"
         whole = any(ancestor.endswith(name) for ancestor in _ancestors(path) for name in saved)
@@ -90,7 +93,9 @@ def plan_peft(config: AdapterConfig, modules: Mapping[str, nn.Module], *, tied: 
             trained = whole or name == "bias" and (bias == "all" or bias == "lora_only" and path in targets)
             # PEFT saves embedding and head along when it finds one of them targeted or resized.
             if trained or not tied and path in (EMBEDDING, HEAD):
-                slots[f"{key}.{name}"] = Slot(path, name, shape, optional=not trained)
+                turned = name == BY_NEURON
+                file_name, shape = ("weight", shape[::-1]) if turned else (name, shape)
+                slots[f"{key}.{file_name}"] = Slot(path, name, shape, turned, not trained)
     touched = {slot.path for slot in slots.values() if not slot.optional} & {EMBEDDING, HEAD}
     if tied and touched:
         raise ConfigError(

@@ -15,7 +15,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import upstream
+from ..errors import InputError
 from ..model.activations import ACTIVATIONS
+from ..model.config import ArceeConfig
 from ..model.decoder import MLP, ArceeForCausalLM, Attention, DecoderLayer
 from ..model.masks import Mask
 from ..model.rope import RotaryEmbedding
@@ -54,6 +56,7 @@ def register() -> None:
     def awq_quantize(model: Any, *args: Any, **options: Any) -> None:
         if not isinstance(model, ArceeForCausalLM):
             return quantize(model, *args, **options)
+        refuse_by_neuron("awq", model.config)
         view = AwqModel(model)
         quantize(view, *args, **options)
         if "lm_head" in view:
@@ -67,6 +70,19 @@ def register() -> None:
             apply(previous, layers, scales)
 
     awq.awq_quantize, awq.apply_scale = awq_quantize, apply_scale
+
+
+def refuse_by_neuron(tool: str, config: ArceeConfig) -> None:
+    """Stops a tool of mlx-lm that knows nn.Linear alone, and would leave by-neuron layers out or spoil them.
+
+    Raises:
+        InputError: the model's down projections are stored by neuron.
+    """
+    if config.down_proj_layout == "by_neuron":
+        raise InputError(
+            f"{tool} on {config.source}, whose down projections are stored by neuron; expected the standard layout, which "
+            f"is all that tool knows; convert the original anew: arcee-mlx convert --layout standard"
+        )
 
 
 def scale_neurons(mlp: MLP, scales: mx.array) -> None:

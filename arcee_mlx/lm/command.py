@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 from .. import upstream
 from ..checkpoint.hub import resolve_folder
 from ..checkpoint.loading import open_model
 from ..errors import InputError
+from ..model.config import read_config
 from ..program import run_reporting
+from .awq import refuse_by_neuron
 
 # Commands -> the options that say which model they work on. Without one, mlx-lm would download a model of its own choice.
 COMMANDS: dict[str, tuple[str, ...]] = {
@@ -58,6 +62,7 @@ def _run(command: str, arguments: list[str]) -> int:
         raise InputError(f"{package} is not installed; expected it for {command}; pip install 'mlx-lm[{extra}]'")
     if command == "server":
         _check_model(arguments)
+    _check_layout(command, arguments)
     with _own_process(command, arguments):
         upstream.mlx_lm_module("cli").main()
     return 0
@@ -69,6 +74,35 @@ def _check_model(arguments: list[str]) -> None:
     parser.add_argument("--model")
     if model := parser.parse_known_args(arguments)[0].model:
         open_model(resolve_folder(model))
+
+
+def _check_layout(command: str, arguments: list[str]) -> None:
+    """Refuses what mlx-lm cannot do to down projections stored by neuron, before it downloads data or trains."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model", "-m", "--hf-path")
+    parser.add_argument("--fine-tune-type")
+    parser.add_argument("--dequantize", "-d", action="store_true")
+    parser.add_argument("--config", "-c")
+    given = parser.parse_known_args(arguments)[0]
+    values = _read_yaml(given.config) if command == "lora" and given.config else {}
+    model = given.model or values.get("model")
+    tool = command if command in ("awq", "dwq", "dynamic_quant", "gptq") else ""
+    if command == "lora" and (given.fine_tune_type or values.get("fine_tune_type")) == "dora":
+        tool = "lora --fine-tune-type dora"
+    if command in ("convert", "fuse") and given.dequantize:
+        tool = f"{command} --dequantize"
+    if tool and model:
+        refuse_by_neuron(tool, read_config(resolve_folder(model)))
+
+
+def _read_yaml(path: str) -> Mapping[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}  # mlx-lm reads it again, and says what is wrong with it
+    return values if isinstance(values, dict) else {}
 
 
 @contextmanager

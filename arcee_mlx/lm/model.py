@@ -15,7 +15,7 @@ from ..checkpoint.quantization import read_quantization
 from ..errors import InputError
 from ..model.config import ArceeConfig
 from ..model.decoder import ArceeForCausalLM
-from ..model.relu2.down import DownByNeuron
+from ..model.relu2.down import ByNeuron, DownByNeuron
 
 
 class ModelArgs(ArceeConfig):
@@ -81,7 +81,7 @@ class Model(ArceeForCausalLM):
             group: the processes; None takes all that were started together.
 
         Raises:
-            InputError: the key/value heads cannot be shared out evenly, or down projections are stored by neuron.
+            InputError: the key/value heads cannot be shared out evenly.
         """
         group = group or mx.distributed.init()
         processes = group.size()
@@ -89,17 +89,15 @@ class Model(ArceeForCausalLM):
             raise InputError(
                 f"{processes} processes for {self.args.kv_heads} key/value heads; expected a divisor of the heads"
             )
-        if self.args.down_proj_layout != "standard":
-            raise InputError(
-                f"{processes} processes for down projections stored {self.args.down_proj_layout}; expected the standard "
-                f"layout, whose layers mlx-lm can share out; convert the original again with --layout standard"
-            )
         for layer in self.layers:
             attention, mlp = layer.self_attn, layer.mlp
             for block, name in ((attention, "q_proj"), (attention, "k_proj"), (attention, "v_proj"), (mlp, "up_proj")):
                 setattr(block, name, shard_linear(getattr(block, name), "all-to-sharded", group=group))
             attention.o_proj = shard_linear(attention.o_proj, "sharded-to-all", group=group)
-            mlp.down_proj = shard_linear(mlp.down_proj, "sharded-to-all", group=group)
+            if isinstance(mlp.down_proj, ByNeuron):
+                mlp.down_proj.shard(group)
+            else:
+                mlp.down_proj = shard_linear(mlp.down_proj, "sharded-to-all", group=group)
             attention.num_heads //= processes
             attention.num_kv_heads //= processes
 

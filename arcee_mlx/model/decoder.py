@@ -20,7 +20,7 @@ import mlx.nn as nn
 
 from .. import upstream
 from ..errors import InputError
-from .activations import ACTIVATIONS
+from .activations import ACTIVATIONS, relu2
 from .config import ArceeConfig
 from .inputs import Embedded, keep_rows, read_inputs, read_positions
 from .losses import causal_loss
@@ -124,8 +124,13 @@ class MLP(nn.Module):
         self.down_proj = down(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACTIVATIONS[config.hidden_act]
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(self.act_fn(self.up_proj(x)))
+    def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
+        """(..., E) -> (..., E), added to `residual` where there is one."""
+        x = self.up_proj(x)
+        if self.act_fn is relu2 and hasattr(self.down_proj, "after_relu2"):
+            return self.down_proj.after_relu2(x, residual)
+        x = self.down_proj(self.act_fn(x))
+        return x if residual is None else residual + x
 
 
 class DecoderLayer(nn.Module):
@@ -143,7 +148,7 @@ class DecoderLayer(nn.Module):
     ) -> tuple[mx.array, mx.array | None]:
         attended, probabilities = self.self_attn(self.input_layernorm(x), rotation, mask, cache, weights=weights)
         x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), probabilities
+        return self.mlp(self.post_attention_layernorm(x), x), probabilities
 
 
 class ArceeModel(nn.Module):

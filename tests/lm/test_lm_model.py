@@ -16,6 +16,7 @@ import pytest
 import arcee_mlx
 import arcee_mlx.lm
 from arcee_mlx.lm.model import Model, ModelArgs
+from arcee_mlx.model.relu2.down import store_by_neuron
 from arcee_mlx.upstream import mlx_lm_module
 
 from conftest import flat, tiny_config, write_checkpoint, write_tokenizer
@@ -173,7 +174,15 @@ assert mx.abs(part(ids) - arcee_mlx.load_model(sys.argv[1])(ids)).max() < 1e-4
 """
 
 
-def test_two_processes_share_a_model(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["standard", "by_neuron"])
+def test_two_processes_share_a_model(checkpoint: Path, tmp_path: Path, layout: str) -> None:
+    if layout == "by_neuron":
+        model = arcee_mlx.load_model(checkpoint)
+        store_by_neuron(model)
+        nn.quantize(model, group_size=32, bits=8, class_predicate=lambda path, _: path.endswith("down_proj"))
+        checkpoint = tmp_path / "by_neuron"
+        arcee_mlx.save_checkpoint(model, checkpoint)
+        write_tokenizer(checkpoint)
     hosts = tmp_path / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
     ranks = [

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 import arcee_mlx
 import arcee_mlx.lm  # makes the model known to mlx-lm
 from arcee_mlx import ArceeConfig, ArceeForCausalLM, inspect_checkpoint, load_model, save_checkpoint, set_adapter
-from arcee_mlx.errors import CheckpointError, ConfigError, InputError
+from arcee_mlx.errors import CheckpointError, ConfigError
 from arcee_mlx.inspection.command import describe
 from arcee_mlx.model.relu2.down import DownByNeuron, QuantizedDownByNeuron
 from arcee_mlx.upstream import mlx_lm_module
@@ -214,31 +214,6 @@ def test_mlx_lm_loads_it_through_arcee_mlx_and_generates_the_same(folder: Path) 
     options = arcee_mlx.GenerateOptions(max_tokens=6, temp=0)
     text = "".join(part.text for part in arcee_mlx.stream_generate(own, own_tokenizer, "Call me", options))
     assert "".join(step.text for step in steps) == text and text
-
-
-def test_mlx_lms_tensor_parallelism_is_refused_by_name(folder: Path) -> None:
-    model, _ = mlx_lm_module("utils").load(str(folder))
-    with pytest.raises(InputError, match="by_neuron.*--layout standard"):
-        model.shard()
-
-
-@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
-def test_an_adapter_on_it_is_refused_with_advice(folder: Path, tmp_path: Path, kind: str) -> None:
-    model = load_model(folder)
-    before = model(IDS)
-    adapter = write_mlx_lm(tmp_path / "adapter", kind=kind, num_layers=2, mlp_bias=True)
-    with pytest.raises(
-        InputError, match=r"adapters\.safetensors: updates 'model.layers.1.mlp.down_proj'.*--layout standard"
-    ):
-        set_adapter(model, adapter)
-    assert mx.array_equal(model(IDS), before).item() and not adapted(model)
-
-
-def test_a_peft_adapter_on_it_is_refused_with_advice(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError, match=r"adapter_model\.safetensors: updates 'model.layers.1.mlp.down_proj'.*--layout standard"
-    ):
-        set_adapter(load_model(folder), write_peft(tmp_path / "adapter"))
 
 
 def test_adapters_on_other_layers_work(folder: Path, tmp_path: Path) -> None:
