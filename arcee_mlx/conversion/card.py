@@ -75,7 +75,7 @@ def describe_command(conversion: Conversion) -> tuple[str, str]:
         words += [] if recipe.dtype is None else ["--dtype", recipe.dtype]
         words += [] if recipe.layout == "standard" else ["--layout", recipe.layout]
     if conversion.calibration is not None:
-        words += ["--calibrate", conversion.calibration.name]
+        words += ["--calibrate", *([] if conversion.calibration.is_own else [conversion.calibration.name])]
     words += ["--mlx-path", conversion.folder.name]
     return shlex.join(words), yaml
 

@@ -28,11 +28,13 @@ class Sample:
         name: of its file.
         sha256: of the text.
         ids: int32 (N, T), each sequence with the model's token for the beginning of text in front, if it has one.
+        is_own: whether it came with the package.
     """
 
     name: str
     sha256: str
     ids: mx.array
+    is_own: bool = False
 
 
 def read_sample(
@@ -68,4 +70,5 @@ def read_sample(
     )
     if first:
         windows = mx.concatenate([mx.full((windows.shape[0], 1), first[0], windows.dtype), windows], axis=1)
-    return Sample(Path(path).name, hashlib.sha256(text.encode()).hexdigest(), windows)
+    is_own = path in (CALIBRATION_TEXT, VERIFICATION_TEXT)
+    return Sample(Path(path).name, hashlib.sha256(text.encode()).hexdigest(), windows, is_own)
