@@ -34,7 +34,7 @@ _HEAD_ROWS = 2**13
 # A tied matrix is the head, whose inputs are known, and the embedding, for which every direction counts the same.
 _EMBEDDING_SHARE = 0.3
 # Larger moments are kept in float32: those of 18,432 neurons take 1.4 GB in it.
-_MOST_FLOAT64_INPUTS = 4096
+MOST_FLOAT64_INPUTS = 4096
 _MOST_WEIGHT = 1e15  # the squares of larger ones leave float32
 
 Converted = tuple[PlannedTensor, list[mx.array]]
@@ -342,7 +342,7 @@ class _Moments:
         """(m, n); gives up the sum, which of 18,432 neurons takes 1.4 GB."""
         assert self._sum is not None
         check_finite(self._sum, "a product of activations on the calibration text")
-        dtype = np.float64 if self._sum.shape[1] <= _MOST_FLOAT64_INPUTS else np.float32
+        dtype = np.float64 if self._sum.shape[1] <= MOST_FLOAT64_INPUTS else np.float32
         mean: Floats = np.array(self._sum).astype(dtype)
         self._sum = None
         mean /= self._tokens

@@ -11,6 +11,7 @@ from typing import Any
 from ..checkpoint.quantization import MODES, Quantization
 from ..errors import CheckpointError, InputError
 from ..model.config import DTYPES, LAYOUTS
+from .calibrate import check_calibration
 from .dry_run import describe_plan, plan_to_dict
 from .prepare import check_space, plan_conversion
 from .progress import Bar, JsonLines, Quiet
@@ -122,10 +123,14 @@ def _show_plan(arguments: argparse.Namespace, recipe: Recipe, reporter: Quiet) -
         overwrite=arguments.force,
         shows_downloads=reporter.shows_downloads,
     )
+    tokens = 0
+    if arguments.calibrate is not False:
+        check_calibration(planned, allow_nonfinite=arguments.allow_nonfinite)
+        tokens = (arguments.num_samples or NUM_SAMPLES) * (arguments.sequence_length or SEQUENCE_LENGTH)
     if arguments.json:
-        print(json.dumps(plan_to_dict(planned), indent=2, ensure_ascii=False))
+        print(json.dumps(plan_to_dict(planned, calibration_tokens=tokens), indent=2, ensure_ascii=False))
     else:
-        print(describe_plan(planned, fold_layers=arguments.fold_layers))
+        print(describe_plan(planned, fold_layers=arguments.fold_layers, calibration_tokens=tokens))
     check_space(planned)
     return 0
 

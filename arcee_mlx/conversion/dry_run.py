@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
+from .calibrate import MOST_FLOAT64_INPUTS
 from .plan import PlannedTensor, find_idle_rules, find_undivided, quantization_table
 from .prepare import ConversionPlan
 from .quantize import SLICE_BYTES
@@ -30,12 +31,33 @@ def estimate_memory(plan: Sequence[PlannedTensor]) -> int:
     return _BASE_BYTES + round(_SLICES_IN_MEMORY * max(map(slice_bytes, plan)))
 
 
-def describe_plan(planned: ConversionPlan, *, fold_layers: bool = False) -> str:
+def estimate_calibration_memory(plan: Sequence[PlannedTensor], tokens: int) -> int:
+    """The most memory calibration needs, in bytes: a layer twice in float32, two streams of hidden states, old and new,
+    and of the inputs of the widest layer the moments, one damped copy, its factor and what is computed with them.
+
+    Args:
+        plan: what will be written.
+        tokens: of the calibration text.
+    """
+    layers: dict[str, int] = {}
+    for tensor in plan:
+        if found := _LAYER.match(tensor.key):
+            layers[found[2]] = layers.get(found[2], 0) + tensor.weights
+    matrices = [tensor for tensor in plan if tensor.quantization and _LAYER.match(tensor.key)]
+    widest = max((tensor.source.shape[1] for tensor in matrices), default=0)
+    hidden = min((min(tensor.source.shape) for tensor in plan if len(tensor.source.shape) == 1), default=0)
+    value_bytes = 8 if widest <= MOST_FLOAT64_INPUTS else 4
+    states_bytes = 4 * tokens * hidden * 4
+    return _BASE_BYTES + 2 * 4 * max(layers.values(), default=0) + states_bytes + 4 * widest**2 * value_bytes
+
+
+def describe_plan(planned: ConversionPlan, *, fold_layers: bool = False, calibration_tokens: int = 0) -> str:
     """A table for a person to read.
 
     Args:
         planned: what will be written.
         fold_layers: show runs of equal decoder layers as one.
+        calibration_tokens: of the text it will be calibrated on, at most; 0 for none.
     """
     plan = planned.tensors
     rows = sorted((_Row.of(tensor) for tensor in plan), key=lambda row: _natural(row.name))
@@ -53,13 +75,13 @@ def describe_plan(planned: ConversionPlan, *, fold_layers: bool = False) -> str:
         "",
         f"total   {len(plan)} tensors, {weights / 1e6:,.1f} million weights, {nbytes / 1e6:,.2f} MB, "
         f"{_bits_per_weight(plan):.3f} bits per weight",
-        f"memory  about {estimate_memory(plan) / 1e6:,.0f} MB needed",
+        f"memory  about {_estimate(plan, calibration_tokens) / 1e6:,.0f} MB needed",
         f"disk    {planned.needed_bytes / 1e6:,.2f} MB needed, {planned.free_bytes / 1e6:,.2f} MB free",
     ]
     return "\n".join(lines + [f"note    {note}" for note in find_notes(plan, planned.recipe)])
 
 
-def plan_to_dict(planned: ConversionPlan) -> dict[str, Any]:
+def plan_to_dict(planned: ConversionPlan, *, calibration_tokens: int = 0) -> dict[str, Any]:
     """The same as JSON holds it; sizes in bytes, shapes in weights, tensors in the order in which they are converted."""
     plan = planned.tensors
     return {
@@ -82,11 +104,15 @@ def plan_to_dict(planned: ConversionPlan) -> dict[str, Any]:
         "weights": sum(tensor.weights for tensor in plan),
         "bytes": sum(tensor.nbytes for tensor in plan),
         "bits_per_weight": _bits_per_weight(plan),
-        "memory_bytes": estimate_memory(plan),
+        "memory_bytes": _estimate(plan, calibration_tokens),
         "disk_bytes": planned.needed_bytes,
         "free_bytes": planned.free_bytes,
         "notes": find_notes(plan, planned.recipe),
     }
+
+
+def _estimate(plan: Sequence[PlannedTensor], calibration_tokens: int) -> int:
+    return estimate_calibration_memory(plan, calibration_tokens) if calibration_tokens else estimate_memory(plan)
 
 
 def find_notes(plan: Sequence[PlannedTensor], recipe: Recipe) -> list[str]:

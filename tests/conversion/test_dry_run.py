@@ -6,7 +6,7 @@ import pytest
 
 from arcee_mlx import cli
 from arcee_mlx.conversion import dry_run, prepare
-from arcee_mlx.conversion.dry_run import describe_plan, estimate_memory, plan_to_dict
+from arcee_mlx.conversion.dry_run import describe_plan, estimate_calibration_memory, estimate_memory, plan_to_dict
 from arcee_mlx.conversion.prepare import plan_conversion
 from arcee_mlx.conversion.quantize import SLICE_BYTES
 from arcee_mlx.conversion.recipe_file import read_recipe, recipe_from_dict
@@ -105,3 +105,14 @@ def test_memory_grows_with_a_tensor_up_to_a_slice_only(tmp_path, monkeypatch):
     assert largest < SLICE_BYTES and whole > 2 * largest
     monkeypatch.setattr(dry_run, "SLICE_BYTES", largest / 2)
     assert estimate_memory(planned.tensors) < whole
+
+
+def test_memory_for_calibration_counts_layer_text_and_the_widest_moments(tmp_path):
+    planned = plan_conversion(write_source(tmp_path / "in"), tmp_path / "out")
+    few, many = (estimate_calibration_memory(planned.tensors, tokens) for tokens in (1000, 3000))
+    assert many - few == 4 * 2000 * 128 * 4  # two streams of hidden states, old and new, in float32
+    layer = sum(t.weights for t in planned.tensors if t.key.startswith("model.layers.0."))
+    assert few - 4 * 1000 * 128 * 4 > 8 * layer + 4 * 8 * 384**2
+    text = describe_plan(planned, calibration_tokens=1000)
+    assert f"about {few / 1e6:,.0f} MB needed" in text
+    assert plan_to_dict(planned, calibration_tokens=1000)["memory_bytes"] == few
