@@ -25,6 +25,8 @@ Floats = NDArray[np.floating]
 # Share of the mean of H's diagonal that is added to it: against directions the calibration text hardly has.
 DAMPING = 0.01
 CORRECTION_DAMPING = 0.1
+# Of a row's length: what a text asks for beyond that is about the text, or about layers before that are rounded badly.
+MOST_CHANGE = 0.5
 _BLOCK_COLUMNS = 128
 _CLIPS = np.linspace(1.0, 0.6, 17, dtype=np.float32)
 _ROWS_AT_ONCE_WEIGHTS = 2**22
@@ -136,7 +138,7 @@ def correct_weight(weight: Floats, shift: Floats, moments: Floats) -> Floats:
     """The weight that comes closest to the wanted outputs on the inputs there are: weight + shift moments^-1.
 
     Layers before this one are rounded already: its inputs are not those it was made for, and what is wrong with them
-    can be made good here as far as it is linear in them.
+    can be made good here as far as it is linear in them, and no row moves by more than half its length.
 
     Args:
         weight: (out, in).
@@ -144,7 +146,10 @@ def correct_weight(weight: Floats, shift: Floats, moments: Floats) -> Floats:
         moments: (in, in), the mean of x x^T.
     """
     factor = factorize(damp(moments, CORRECTION_DAMPING))
-    return weight + solve_factored(factor, shift.T.astype(moments.dtype)).T
+    change: Floats = solve_factored(factor, shift.T.astype(moments.dtype)).T
+    most = MOST_CHANGE * np.linalg.norm(weight, axis=1, keepdims=True)
+    length = np.linalg.norm(change, axis=1, keepdims=True)
+    return weight + change * np.minimum(1, most / np.maximum(length, 1e-30))
 
 
 def round_to_nearest(weight: Floats, form: Quantization, dtype: mx.Dtype, importance: Floats | None = None) -> Rounded:

@@ -61,13 +61,16 @@ def read_sample(
     text, tokenizer = read_text(path), read_tokenizer(folder)
     # What a tokenizer puts in front of every text; models come to lean on it, with states found nowhere else.
     first = tokenizer.encode("")[:1]
-    windows = read_windows(
-        tokenizer,
-        text,
-        window_tokens=sequence_length - len(first),
-        max_windows=num_samples,
-        vocab_size=config.vocab_size,
-    )
+    try:
+        windows = read_windows(
+            tokenizer,
+            text,
+            window_tokens=sequence_length - len(first),
+            max_windows=num_samples,
+            vocab_size=config.vocab_size,
+        )
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     if first:
         windows = mx.concatenate([mx.full((windows.shape[0], 1), first[0], windows.dtype), windows], axis=1)
     is_own = path in (CALIBRATION_TEXT, VERIFICATION_TEXT)
