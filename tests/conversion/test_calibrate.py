@@ -8,15 +8,12 @@ import pytest
 
 from arcee_mlx import ArceeConfig, ArceeModel, load_model
 from arcee_mlx.conversion import calibrate, run, work_folder
-from arcee_mlx.conversion.error_feedback import round_to_nearest
 from arcee_mlx.conversion.fold import Scaling
 from arcee_mlx.conversion.progress import Quiet
 from arcee_mlx.conversion.recipes import Quantization, Recipe, Rule
-from arcee_mlx.conversion.rescale import NeuronUse, choose_factors
 from arcee_mlx.conversion.run import convert
 from arcee_mlx.conversion.texts import VERIFICATION_TEXT, read_sample
 from arcee_mlx.errors import ArceeError, ConversionError, InputError, TokenizerError
-from arcee_mlx.model.activations import relu2
 from arcee_mlx.model.config import read_config
 
 from conftest import TEXT, flat, write_tokenizer
@@ -370,36 +367,6 @@ def test_samples_are_spread_over_the_text_and_no_longer_than_the_model_has_posit
     places = [next(i for i, row in enumerate(whole.ids.tolist()) if row == own) for own in part.ids.tolist()]
     assert places[0] == 0 and places[-1] >= whole.ids.shape[0] // 2
     convert(source, tmp_path / "out", FOUR_BITS, calibrate=text, num_samples=2, sequence_length=10**6)
-
-
-def use_of(inputs):
-    use = NeuronUse()
-    for part in np.array_split(inputs, 3):
-        use.add(mx.array(part), relu2)
-    return use
-
-
-def test_neurons_that_matter_more_are_rounded_more_finely():
-    """Neurons that share a scale and differ by four powers of ten in use."""
-    rng = np.random.default_rng(0)
-    inputs = (rng.normal(size=(600, 128)) * np.exp(1.2 * rng.normal(size=128))).astype(np.float32)
-    use, down = use_of(inputs), rng.normal(size=(96, 128)).astype(np.float32)
-    factors = choose_factors(down, use, GROUPS_OF_32, mx.bfloat16)
-    assert not (factors == 1).all() and (factors > 0).all()
-    neurons = np.square(np.maximum(inputs, 0))
-
-    def error(scale):
-        rounded = round_to_nearest(down * scale, GROUPS_OF_32, mx.bfloat16, use.importance / scale**2)
-        return np.square(neurons @ (rounded.values / scale - down).T).sum()
-
-    assert error(factors) < 0.9 * error(np.ones_like(factors))
-    np.testing.assert_allclose(use.maxima, inputs.max(axis=0), rtol=1e-6)
-    assert factors[use.importance.argmax()] > 1 > factors[use.importance.argmin()]
-
-
-def test_neurons_that_are_all_alike_are_left_alone():
-    use = use_of(np.ones((4, 128), np.float32))
-    assert (choose_factors(np.random.default_rng(1).normal(size=(96, 128)), use, GROUPS_OF_32, mx.bfloat16) == 1).all()
 
 
 @pytest.mark.parametrize(("recipe", "scales"), [(FOUR_BITS, True), (BY_NEURON, False)], ids=["standard", "by_neuron"])
