@@ -51,11 +51,6 @@ class WeightReader:
             return self._read(by_neuron, path, 0, self.entries[by_neuron].shape[0]).T
         return self._read(f"{path}.weight", path, 0, self.entries[f"{path}.weight"].shape[0])
 
-    def count_rows(self, path: str) -> int:
-        """Number of rows that `rows` can give."""
-        names = (f"{path}.weight", f"{path}.weight_by_neuron")
-        return next(self.entries[name].shape[0] for name in names if name in self.entries)
-
     def _read(self, key: str, path: str, start: int, stop: int) -> mx.array:
         values = read_rows(self.entries[key], start, stop)
         if (scales_entry := self.entries.get(f"{path}.scales")) is None:

@@ -213,3 +213,13 @@ def test_the_corrected_weight_solves_the_least_squares_problem(monkeypatch):
     solution = np.linalg.lstsq(x, wanted, rcond=None)[0].T
     np.testing.assert_allclose(correct_weight(weight, shift, x.T @ x / len(x)), solution, atol=1e-7)
     assert np.abs(weight - solution).max() > 0.01
+
+
+def test_a_correction_moves_no_row_by_more_than_half_its_length_and_small_ones_are_whole():
+    rng = np.random.default_rng(3)
+    weight, moments = rng.normal(size=(6, 16)), np.eye(16)
+    shift = rng.normal(size=(6, 16)) * np.array([[0.01], [0.01], [0.01], [9], [9], [9]])
+    change = correct_weight(weight, shift, moments) - weight
+    share = np.linalg.norm(change, axis=1) / np.linalg.norm(weight, axis=1)
+    np.testing.assert_allclose(share[3:], 0.5, rtol=1e-9)
+    np.testing.assert_allclose(change[:3], shift[:3] / 1.1, rtol=1e-9)
