@@ -116,8 +116,8 @@ def make_random(config: ArceeConfig, dtype: mx.Dtype, *, on_layer: Callable[[], 
     with upstream.keep_random_state():
         mx.random.seed(0)
         model = ArceeForCausalLM(config)  # random, and computed when it is packed
-    model.set_dtype(dtype)
-    return _make_programs(model, Quantization(), on_layer)
+        model.set_dtype(dtype)
+        return _make_programs(model, Quantization(), on_layer)
 
 
 def read_programs(
@@ -134,7 +134,8 @@ def read_programs(
         ArceeError: the checkpoint cannot be used, or has no plain port.
     """
     model = load_model(folder, ArceeForCausalLM, dtype)
-    return _make_programs(model, None if model.config.quantization else Quantization(), on_layer)
+    with upstream.keep_random_state():
+        return _make_programs(model, None if model.config.quantization else Quantization(), on_layer)
 
 
 def _make_programs(
