@@ -32,9 +32,9 @@ from .decode_timing import DecodeResult, LayoutResult, decode, measure_decode, m
 from .machine import describe_machine
 
 _ZEROS = (0.5, 0.7, 0.8, 0.9, 0.95)
-_RUNS = 3
-_RUN_S, _LEAST_TOKENS, _MOST_TOKENS = 2, 2, 256
-_PREFILL_GPU, _PREFILL_CPU = 512, 128
+_RUNS = 5
+_RUN_S, _LEAST_TOKENS, _MOST_TOKENS = 2, 1, 256
+_PREFILL_GPU, _PREFILL_CPU = 512, 64
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 

@@ -28,6 +28,7 @@ from arcee_mlx.bench.decode_programs import (
 )
 from arcee_mlx.bench.decode_timing import (
     DecodeResult,
+    _cut,
     count_zeros,
     decode,
     measure_decode,
@@ -222,6 +223,12 @@ def test_each_program_runs_as_often_and_memory_is_looked_at(programs: Programs) 
         assert each.weights_bytes == pytest.approx(weights, rel=0.01) and len(each.prefill_rates) == 2
         assert each.decode_bytes > 0 and each.prefill_bytes > 0
     assert all(layer.mlp.act_fn is programs.standard.layers[0].mlp.act_fn for layer in programs.by_neuron.layers)
+
+
+def test_a_prompt_is_read_by_the_first_layers_alone(programs: Programs) -> None:
+    cut, whole = arrays(_cut(programs.by_neuron, 2)), arrays(programs.by_neuron)
+    assert cut.keys() == {key for key in whole if not key.startswith("model.layers.2.")}
+    assert all(cut[key] is whole[key] for key in cut)
 
 
 def test_ratios_are_medians_of_sparse_over_the_others() -> None:
