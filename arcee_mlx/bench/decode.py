@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,10 +26,12 @@ from ..measure.text import read_text, read_windows
 from ..model.config import ArceeConfig, read_config
 from .afm_shape import AFM_CONFIG
 from .decode_picture import draw_decode
-from .decode_programs import BY_NEURON, PORT, SPARSE, STANDARD, Programs, make_random, read_programs
-from .decode_timing import DecodeResult, LayoutResult, decode, measure_decode, measure_layouts, set_zeros
+from .decode_programs import SPARSE, STANDARD, Programs, make_random, read_programs
+from .decode_results import DecodeResult, LayoutResult, describe_decode, describe_layouts
+from .decode_timing import decode, measure_decode, measure_layouts, set_zeros
 from .machine import describe_machine
 
+_SHAPE = "AFM-4.5B's shape"
 _ZEROS = (0.5, 0.7, 0.8, 0.9, 0.95)
 _RUNS = 5
 _RUN_S, _LEAST_TOKENS, _MOST_TOKENS = 2, 1, 256
@@ -91,10 +92,10 @@ def run(args: argparse.Namespace) -> int:
     print("\n".join(describe_layouts(layouts, prompt.size, layers)))
     if args.json is not None:
         values = to_dict(programs, results, layouts, tokens=tokens, prompt_tokens=prompt.size, prompt_layers=layers)
-        values["model"] = args.model or "AFM-4.5B's shape"
+        values["model"] = args.model or _SHAPE
         args.json.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     if args.picture is not None:
-        name = "AFM-4.5B's shape" if args.model is None else Path(args.model).name
+        name = _SHAPE if args.model is None else Path(args.model).name
         draw_decode(results, programs.count_bytes(tokens // 2), args.picture, title=f"{name}, {_name_chip()}")
     return 0
 
@@ -124,41 +125,6 @@ def describe_programs(programs: Programs, tokens: int, prompt_tokens: int) -> It
         )
 
 
-def describe_decode(result: DecodeResult) -> Iterator[str]:
-    """The lines about one share of zeros."""
-    asked = "" if result.asked is None else f" of {100 * result.asked:g} % asked for"
-    yield f"zeros {result.mean_zeros:.1%}{asked} ({min(result.zeros):.1%} to {max(result.zeros):.1%} by layer)"
-    for name, rates in result.rates.items():
-        yield f"  {name:15s}  median {_round(rates)} tokens/s, {min(rates):.4g} to {max(rates):.4g}"
-    ratios = ", ".join(f"{result.ratio(name):.2f} ({name})" for name in (BY_NEURON, STANDARD, PORT))
-    yield f"  sparse against   {ratios}"
-    downs = ", ".join(f"{result.down_ratio(name):.2f} ({name})" for name in (BY_NEURON, STANDARD))
-    per_layer_ms = 1e3 * statistics.median(result.down_s[SPARSE]) / len(result.zeros)
-    yield f"  down alone       {downs}; {per_layer_ms:.3g} ms a layer"
-    step = result.step
-    yield (
-        f"  bytes a token    {step.dense_bytes / 1e6:,.1f} MB dense, {step.sparse_bytes / 1e6:,.1f} sparse: "
-        f"{step.speedup:.2f} times at most by bytes, of which {result.reached:.0%} reached against {BY_NEURON}"
-    )
-
-
-def describe_layouts(layouts: Mapping[str, LayoutResult], prompt_tokens: int, layers: int) -> Iterator[str]:
-    """The lines about prefill and memory."""
-    by_neuron, standard = (layouts[name] for name in (SPARSE, STANDARD))
-    yield f"a prompt of {prompt_tokens} tokens, {'first layer alone' if layers == 1 else f'{layers} layers'}"
-    for name, result in (("by neuron", by_neuron), ("standard", standard)):
-        rates = result.prefill_rates
-        yield f"  {name:15s}  median {_round(rates)} tokens/s, {min(rates):.4g} to {max(rates):.4g}"
-    ratio = statistics.median(by_neuron.prefill_rates) / statistics.median(standard.prefill_rates)
-    yield f"  ratio            {ratio:.2f} (by neuron / standard)"
-    yield "memory, MB         weights   to decode   for the prompt"
-    for name, result in (("by neuron", by_neuron), ("standard", standard)):
-        sizes = (result.weights_bytes, result.decode_bytes, result.prefill_bytes)
-        yield f"  {name:15s}" + "".join(
-            f"{size / 1e6:{width},.1f}" for size, width in zip(sizes, (9, 12, 17), strict=True)
-        )
-
-
 def to_dict(
     programs: Programs,
     results: Sequence[DecodeResult],
@@ -181,9 +147,6 @@ def to_dict(
         "by_neuron": by_neuron.to_dict(),
         "standard": standard.to_dict(),
     }
-
-
-_SHAPE = "AFM-4.5B's shape"
 
 
 def _make_shape(args: argparse.Namespace) -> tuple[Programs, mx.array]:
@@ -229,6 +192,8 @@ def _check(args: argparse.Namespace) -> None:
             f"--dtype is {args.dtype} on MLX's CPU backend, whose half-precision quantized products are wrong by several "
             f"percent; expected float32 there; leave --dtype out"
         )
+    if args.json is not None and (not args.json.parent.is_dir() or args.json.is_dir()):
+        raise InputError(f"--json is {args.json}; expected a file in a folder that exists; make the folder first")
     if args.picture is not None:
         check_picture(args.picture)
 
@@ -250,7 +215,3 @@ def _progress(description: str, total: int) -> tqdm[Any]:
 def _name_chip() -> str:
     machine = describe_machine()
     return f"{machine['chip']}, MLX on the {'GPU' if 'gpu' in machine['device'] else 'CPU'}"
-
-
-def _round(rates: Sequence[float]) -> str:
-    return f"{statistics.median(rates):.4g}"

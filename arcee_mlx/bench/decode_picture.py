@@ -9,7 +9,7 @@ import numpy as np
 
 from ..measure.decode_bytes import DecodeBytes
 from .decode_programs import BY_NEURON, PORT, STANDARD
-from .decode_timing import DecodeResult
+from .decode_results import DecodeResult
 
 _COLORS = {BY_NEURON: "#440154", STANDARD: "#21918c", PORT: "#e07b39"}
 

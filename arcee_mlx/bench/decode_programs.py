@@ -153,6 +153,7 @@ def _make_programs(
     by_neuron = ArceeForCausalLM(replace(config, down_proj_layout="by_neuron"), tied="lm_head" not in model)
     if options is not None:  # computed below, a layer at a time
         nn.quantize(model, **options, class_predicate=_is_matrix_but_down)
+    mx.eval(model.model.embed_tokens.parameters())  # and the head at the end: one large matrix of floats at a time
     downs: list[tuple[Any, Any]] = []
     for layer in model.layers:
         downs.append(_store_both(layer.mlp.down_proj, options))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,86 +13,14 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from .. import upstream
-from ..measure.decode_bytes import StepBytes
 from ..model.activations import relu2
 from ..model.decoder import ArceeForCausalLM
 from ..model.relu2.down import Sparse
-from .decode_programs import BY_NEURON, PORT, SPARSE, STANDARD, Program, Programs
+from .decode_programs import BY_NEURON, SPARSE, STANDARD, Program, Programs
+from .decode_results import DecodeResult, LayoutResult
 
 _CALIBRATION_TOKENS = 4  # a random layer's scale is the same for all
 _DOWN_ROUNDS = 10
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecodeResult:
-    """What was measured at one share of zeros.
-
-    Attributes:
-        asked: the share that was wanted; None for a checkpoint's own.
-        zeros: of each layer, the share of its neurons that were zero for the tokens that were decoded.
-        rates: program -> tokens/s of each run.
-        down_s: sparse, dense by neuron, dense standard -> seconds that all layers' down projections took in each round.
-        step: the bytes that a token reads.
-    """
-
-    asked: float | None
-    zeros: Sequence[float]
-    rates: Mapping[str, Sequence[float]]
-    down_s: Mapping[str, Sequence[float]]
-    step: StepBytes
-
-    @property
-    def mean_zeros(self) -> float:
-        """Over all layers."""
-        return statistics.mean(self.zeros)
-
-    def ratio(self, against: str) -> float:
-        """Tokens/s of sparse over those of another program, medians."""
-        return statistics.median(self.rates[SPARSE]) / statistics.median(self.rates[against])
-
-    def down_ratio(self, against: str) -> float:
-        """How many times as fast sparse down projections are, medians."""
-        return statistics.median(self.down_s[against]) / statistics.median(self.down_s[SPARSE])
-
-    @property
-    def reached(self) -> float:
-        """Share of what the bytes allow over dense by neuron."""
-        return self.ratio(BY_NEURON) / self.step.speedup
-
-    def to_dict(self) -> dict[str, Any]:
-        """In plain values, as JSON holds them."""
-        return {
-            "asked_zeros": self.asked,
-            "zeros": self.mean_zeros,
-            "zeros_by_layer": list(self.zeros),
-            "tokens_per_s": {name: list(rates) for name, rates in self.rates.items()},
-            "ratios": {name: self.ratio(name) for name in (BY_NEURON, STANDARD, PORT)},
-            "down_s": {name: list(seconds) for name, seconds in self.down_s.items()},
-            "down_ratios": {name: self.down_ratio(name) for name in (BY_NEURON, STANDARD)},
-            "bytes": self.step.to_dict(),
-            "reached": self.reached,
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayoutResult:
-    """What a layout costs where nothing can be left out.
-
-    Attributes:
-        weights_bytes: of all the weights.
-        decode_bytes, prefill_bytes: the most that decoding and reading a prompt took beside them.
-        prefill_rates: tokens/s of each run.
-    """
-
-    weights_bytes: int
-    decode_bytes: int
-    prefill_bytes: int
-    prefill_rates: Sequence[float]
-
-    def to_dict(self) -> dict[str, Any]:
-        """In plain values, as JSON holds them."""
-        sizes = {name: getattr(self, name) for name in ("weights_bytes", "decode_bytes", "prefill_bytes")}
-        return sizes | {"prefill_tokens_per_s": list(self.prefill_rates)}
 
 
 def set_zeros(programs: Programs, ids: mx.array, share: float) -> None:

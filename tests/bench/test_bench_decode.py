@@ -26,8 +26,8 @@ from arcee_mlx.bench.decode_programs import (
     make_random,
     read_programs,
 )
+from arcee_mlx.bench.decode_results import DecodeResult, describe_decode
 from arcee_mlx.bench.decode_timing import (
-    DecodeResult,
     _cut,
     count_zeros,
     decode,
@@ -239,7 +239,7 @@ def test_ratios_are_medians_of_sparse_over_the_others() -> None:
     assert [result.ratio(name) for name in (BY_NEURON, STANDARD, PORT)] == [1.5, 3, 6]
     assert [result.down_ratio(name) for name in (BY_NEURON, STANDARD)] == [4, 10]
     assert result.mean_zeros == pytest.approx(0.9) and result.reached == 1.5 / 1.5
-    lines = list(decode_command.describe_decode(result))
+    lines = list(describe_decode(result))
     assert lines[0].startswith("zeros 90.0% (80.0% to 100.0% by layer)")
     assert lines[5].endswith("1.50 (dense by neuron), 3.00 (dense standard), 6.00 (plain port)")
     assert "1.50 times at most by bytes, of which 100% reached" in lines[7]
@@ -288,6 +288,7 @@ def test_a_checkpoint_end_to_end(checkpoint: Path, tmp_path: Path, capsys: pytes
         (("--model", "x", "--layers", "2"), "came with --model"),
         (("--dtype", "bfloat16"), "--dtype is bfloat16"),
         (("--picture", "x.pdf"), ".png"),
+        (("--json", "/nonexistent/x.json"), "--json"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(
