@@ -36,6 +36,7 @@ _ZEROS = (0.5, 0.7, 0.8, 0.9, 0.95)
 _RUNS = 5
 _RUN_S, _LEAST_TOKENS, _MOST_TOKENS = 2, 1, 256
 _PREFILL_GPU, _PREFILL_CPU = 512, 64
+_CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
@@ -62,6 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=_DTYPES,
         help="of activations (the model's; on MLX's CPU backend float32, which alone is right)",
     )
+    parser.add_argument(
+        "--clock",
+        choices=_CLOCKS,
+        default="wall",
+        help="to measure by (%(default)s); on MLX's CPU backend cpu leaves out other programs' turns on a busy machine",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the ratios; needs the extra `plot`")
 
@@ -74,25 +81,27 @@ def run(args: argparse.Namespace) -> int:
         ArceeError: the checkpoint cannot be used.
     """
     _check(args)
-    on_gpu = mx.default_device() == mx.gpu
+    on_gpu, clock = mx.default_device() == mx.gpu, _CLOCKS[args.clock]
     programs, ids = _open_programs(args) if args.model else _make_shape(args)
     tokens = args.tokens or _choose_tokens(programs, ids)
     prompt = ids[: args.prefill or (_PREFILL_GPU if on_gpu else _PREFILL_CPU)]
-    print("\n".join(describe_programs(programs, tokens, prompt.size)), flush=True)
+    print("\n".join(describe_programs(programs, tokens, prompt.size, args.clock)), flush=True)
     results = []
     for share in (None,) if args.model else args.zeros or _ZEROS:
         if share is not None:
             set_zeros(programs, ids[:tokens], share)
         with _progress("runs", 4 * args.runs) as bar:
-            results.append(measure_decode(programs, ids[:tokens], asked=share, runs=args.runs, on_run=bar.update))
+            results.append(
+                measure_decode(programs, ids[:tokens], asked=share, runs=args.runs, clock=clock, on_run=bar.update)
+            )
         print("\n".join(describe_decode(results[-1])), flush=True)
     # On MLX's CPU backend a prompt takes minutes a layer; and all layers are alike.
     layers = programs.config.num_hidden_layers if on_gpu else 1
-    layouts = measure_layouts(programs, ids[:tokens], prompt, layers=layers, runs=args.runs)
+    layouts = measure_layouts(programs, ids[:tokens], prompt, layers=layers, runs=args.runs, clock=clock)
     print("\n".join(describe_layouts(layouts, prompt.size, layers)))
     if args.json is not None:
         values = to_dict(programs, results, layouts, tokens=tokens, prompt_tokens=prompt.size, prompt_layers=layers)
-        values["model"] = args.model or _SHAPE
+        values |= {"model": args.model or _SHAPE, "clock": args.clock}
         args.json.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     if args.picture is not None:
         name = _SHAPE if args.model is None else Path(args.model).name
@@ -100,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def describe_programs(programs: Programs, tokens: int, prompt_tokens: int) -> Iterator[str]:
+def describe_programs(programs: Programs, tokens: int, prompt_tokens: int, clock: str) -> Iterator[str]:
     """The lines about what is measured, and by which paths."""
     config, down = programs.config, programs.by_neuron.layers[0].mlp.down_proj
     norm = programs.by_neuron.model.norm.weight
@@ -110,8 +119,8 @@ def describe_programs(programs: Programs, tokens: int, prompt_tokens: int) -> It
     ]
     yield (
         f"{config.num_hidden_layers} layers of {config.intermediate_size:,} neurons, hidden size {config.hidden_size:,}; "
-        f"{programs.form}; activations and scales {str(norm.dtype).removeprefix('mlx.core.')}; {tokens} tokens a run; "
-        f"mlx-lm {describe_machine()['mlx_lm']}"
+        f"{programs.form}; activations and scales {str(norm.dtype).removeprefix('mlx.core.')}; tokens a run: {tokens}; "
+        f"{'wall clock' if clock == 'wall' else 'by the CPU time of the process'}; mlx-lm {describe_machine()['mlx_lm']}"
     )
     yield f"path of down projections by neuron: {paths[0]} to decode, {paths[1]} for a prompt of {prompt_tokens}"
     if programs.rounded_again is not None:
@@ -192,6 +201,8 @@ def _check(args: argparse.Namespace) -> None:
             f"--dtype is {args.dtype} on MLX's CPU backend, whose half-precision quantized products are wrong by several "
             f"percent; expected float32 there; leave --dtype out"
         )
+    if args.clock == "cpu" and mx.default_device() == mx.gpu:
+        raise InputError("--clock is cpu on a GPU, whose time it does not see; expected wall there; leave --clock out")
     if args.json is not None and (not args.json.parent.is_dir() or args.json.is_dir()):
         raise InputError(f"--json is {args.json}; expected a file in a folder that exists; make the folder first")
     if args.picture is not None:

@@ -21,6 +21,8 @@ from .decode_results import DecodeResult, LayoutResult
 
 _CALIBRATION_TOKENS = 4  # a random layer's scale is the same for all
 _DOWN_ROUNDS = 10
+# Gives seconds: time.perf_counter, or time.process_time, which other programs' turns on a CPU are not in.
+Clock = Callable[[], float]
 
 
 def set_zeros(programs: Programs, ids: mx.array, share: float) -> None:
@@ -83,7 +85,7 @@ def _run_with(model: ArceeForCausalLM, make: Callable[[Any], Callable[[mx.array]
             layer.mlp.act_fn = relu2
 
 
-def decode(program: Program, ids: mx.array) -> float:
+def decode(program: Program, ids: mx.array, clock: Clock = time.perf_counter) -> float:
     """Decodes tokens one by one into an empty cache, and takes the likeliest next one of each, as generation does.
 
     The next token is computed while the one before is waited for. Which token comes next is given: so all programs compute
@@ -92,13 +94,14 @@ def decode(program: Program, ids: mx.array) -> float:
     Args:
         program: to be measured.
         ids: int (T,).
+        clock: to measure by.
 
     Returns:
         tokens/s.
     """
     cache = upstream.mlx_lm_module("models.cache").make_prompt_cache(program.model)
     with program.running() as model:
-        started_s = time.perf_counter()
+        started_s = clock()
         last = None
         for token in ids:
             chosen = mx.argmax(model(token[None, None], cache=cache)[:, -1], axis=-1)
@@ -107,11 +110,17 @@ def decode(program: Program, ids: mx.array) -> float:
                 last.item()
             last = chosen
         mx.eval(last)
-        return ids.size / (time.perf_counter() - started_s)
+        return ids.size / (clock() - started_s)
 
 
 def measure_decode(
-    programs: Programs, ids: mx.array, *, asked: float | None, runs: int, on_run: Callable[[], object] | None = None
+    programs: Programs,
+    ids: mx.array,
+    *,
+    asked: float | None,
+    runs: int,
+    clock: Clock = time.perf_counter,
+    on_run: Callable[[], object] | None = None,
 ) -> DecodeResult:
     """Lets the four programs decode the same tokens, taking turns.
 
@@ -120,20 +129,21 @@ def measure_decode(
         ids: int (T,).
         asked: share of zeros that was wanted, if one was.
         runs: of each.
+        clock: to measure by.
         on_run: told of each run.
     """
     zeros, inputs = count_zeros(programs, ids)
     rates: dict[str, list[float]] = {program.name: [] for program in programs}
     for _ in range(runs):
         for program in programs:
-            rates[program.name].append(decode(program, ids))
+            rates[program.name].append(decode(program, ids, clock))
             if on_run is not None:
                 on_run()
     step = programs.count_bytes(ids.size // 2).step([1 - share for share in zeros])
-    return DecodeResult(asked=asked, zeros=zeros, rates=rates, down_s=_time_down(programs, inputs), step=step)
+    return DecodeResult(asked=asked, zeros=zeros, rates=rates, down_s=_time_down(programs, inputs, clock), step=step)
 
 
-def _time_down(programs: Programs, inputs: Sequence[mx.array]) -> dict[str, list[float]]:
+def _time_down(programs: Programs, inputs: Sequence[mx.array], clock: Clock) -> dict[str, list[float]]:
     """Seconds for the down projections of one token, all layers one after the other, so that no cache holds a matrix."""
     residual = mx.zeros((1, programs.config.hidden_size), inputs[0].dtype)
 
@@ -154,15 +164,15 @@ def _time_down(programs: Programs, inputs: Sequence[mx.array]) -> dict[str, list
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(_DOWN_ROUNDS + 1):  # the first only warms up
         for name, way in ways.items():
-            started_s = time.perf_counter()
+            started_s = clock()
             mx.eval(way())
             if number:
-                seconds[name].append(time.perf_counter() - started_s)
+                seconds[name].append(clock() - started_s)
     return seconds
 
 
 def measure_layouts(
-    programs: Programs, ids: mx.array, prompt: mx.array, *, layers: int, runs: int
+    programs: Programs, ids: mx.array, prompt: mx.array, *, layers: int, runs: int, clock: Clock = time.perf_counter
 ) -> dict[str, LayoutResult]:
     """Reads a prompt with both layouts in turns, and looks at the memory.
 
@@ -172,6 +182,7 @@ def measure_layouts(
         prompt: int (T,), read at once, up to the final norm.
         layers: that read the prompt, from the first.
         runs: of each layout.
+        clock: to measure by.
     """
     turns = {SPARSE: programs.by_neuron, STANDARD: programs.standard}
     cuts = {name: _cut(model, layers) for name, model in turns.items()}
@@ -182,9 +193,9 @@ def measure_layouts(
             decode_bytes[program.name] = _measure_memory(partial(decode, program, ids))
     for _ in range(runs):
         for name, model in cuts.items():
-            started_s = time.perf_counter()
+            started_s = clock()
             prefill_bytes[name] = _measure_memory(partial(_read_prompt, model, prompt))
-            rates[name].append(prompt.size / (time.perf_counter() - started_s))
+            rates[name].append(prompt.size / (clock() - started_s))
     return {
         name: LayoutResult(
             weights_bytes=sum(x.nbytes for x in dict(tree_flatten(model.parameters())).values()),

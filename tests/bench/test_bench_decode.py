@@ -197,6 +197,16 @@ def test_decoding_takes_every_token_once_into_one_cache() -> None:
     assert len({tuple(rest) for _, *rest in seen}) == 1 and seen[0][2] == 2
 
 
+def test_every_rate_is_by_the_clock_that_was_asked_for(programs: Programs) -> None:
+    ticks = iter(range(10**6))
+    clock: Any = lambda: 2.0 * next(ticks)  # noqa: E731
+    result = measure_decode(programs, IDS, asked=None, runs=2, clock=clock)
+    assert all(rate == IDS.size / 2 for rates in result.rates.values() for rate in rates)
+    assert all(seconds == 2 for each in result.down_s.values() for seconds in each)
+    layouts = measure_layouts(programs, IDS, IDS, layers=1, runs=1, clock=clock)
+    assert [each.prefill_rates for each in layouts.values()] == [[IDS.size / 2]] * 2
+
+
 def test_bytes_are_those_of_the_checkpoint_by_neuron(checkpoint: Path, tmp_path: Path) -> None:
     folder = save(checkpoint, tmp_path / "model", "by_neuron", bits=4)
     opened = open_model(folder)
@@ -254,7 +264,7 @@ def test_the_shape_end_to_end(
     arguments = ("--layers", "2", "--zeros", "0.5", "0.9", "--runs", "1", "--tokens", "2", "--prefill", "5")
     assert main(["bench", "decode", *arguments, "--json", str(numbers), "--picture", str(picture)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "2 layers of 640 neurons" in lines[1] and "float32" in lines[1] and "2 tokens a run" in lines[1]
+    assert "2 layers of 640 neurons" in lines[1] and "float32" in lines[1] and "tokens a run: 2; wall clock" in lines[1]
     assert lines[2].endswith("gathered to decode, gathered for a prompt of 5")
     assert "With all 36 a token reads" in lines[3]
     assert sum(line.startswith("zeros ") for line in lines) == 2 and "memory, MB" in lines[-3]
@@ -268,9 +278,28 @@ def test_the_shape_end_to_end(
 def test_a_checkpoint_end_to_end(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = save(checkpoint, tmp_path / "model", "by_neuron", bits=4)
     (folder / "tokenizer.json").write_bytes((checkpoint / "tokenizer.json").read_bytes())
-    assert main(["bench", "decode", "--model", str(folder), "--runs", "1", "--tokens", "3", "--prefill", "12"]) == 0
+    assert (
+        main(
+            [
+                "bench",
+                "decode",
+                "--model",
+                str(folder),
+                "--runs",
+                "1",
+                "--tokens",
+                "3",
+                "--prefill",
+                "12",
+                "--clock",
+                "cpu",
+            ]
+        )
+        == 0
+    )
     lines = capsys.readouterr().out.splitlines()
-    assert "4 bits in groups of 32" in lines[1] and lines[2].endswith("dense for a prompt of 12")
+    assert "4 bits in groups of 32" in lines[1] and "by the CPU time" in lines[1]
+    assert lines[2].endswith("dense for a prompt of 12")
     assert lines[3].startswith("down projections standard: unpacked")
     assert lines[4].startswith("zeros ") and "asked" not in lines[4]
 
