@@ -22,7 +22,7 @@ CHECKS: dict[str, Callable[[], Check]] = {
     "environment": check_environment,
     "kernels": check_kernels,
     "demo": check_demo,
-    "by neuron": check_by_neuron,
+    "sparse": check_by_neuron,
 }
 _INDENT = 13
 
@@ -53,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
         for i, problem in enumerate(problems, 1):
             print(textwrap.fill(problem, width, initial_indent=f"{i}. ", subsequent_indent="   "))
     else:
-        print("\nAll is well: what is installed fits together and computes what it should on this machine.")
+        print()
+        print(textwrap.fill("All is well: what is installed fits together and computes what it should here.", width))
     return 1 if problems else 0
 
 
@@ -61,7 +62,7 @@ def describe(name: str, check: Check, *, width: int) -> str:
     """A check's lines beside its name; lines are broken between words, tables are left alone."""
     lines = []
     for line in check.lines:
-        is_table = "  " in line
+        is_table = "  " in line  # columns: nothing else has two spaces
         lines += (
             [line] if is_table else textwrap.wrap(line, width - _INDENT, subsequent_indent="  ", break_long_words=False)
         )

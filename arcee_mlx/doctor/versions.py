@@ -20,19 +20,17 @@ _VERSION = re.compile(r"(\d+(?:\.\d+)*)[._-]?(a|b|rc|dev|pre)?")
 
 def check_versions() -> Check:
     """Compares every required package with its bounds, and MLX with the part of it that computes."""
-    try:
-        requirements = _read_requirements()
-    except metadata.PackageNotFoundError:
+    if (own := _find_version(_OURS)) is None:
         problem = f"{_OURS} runs from its folder and is not installed; expected its metadata; pip install -e ."
         return Check({}, ("not installed",), (problem,))
     python = ",".join(sorted(str(metadata.metadata(_OURS)["Requires-Python"]).split(","), reverse=True))
-    versions: dict[str, str | None] = {_OURS: metadata.version(_OURS)}
+    versions: dict[str, str | None] = {_OURS: own}
     problems = []
     if not satisfies(platform.python_version(), python):
         problems.append(
             f"Python is {platform.python_version()}; expected {python}; make a new environment with one of these"
         )
-    for name, bounds in requirements.items():
+    for name, bounds in _read_requirements().items():
         version = versions[name] = _find_version(name)
         if version is None or not satisfies(version, bounds):
             got = "is not installed" if version is None else f"is {version}"
