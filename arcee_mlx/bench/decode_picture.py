@@ -36,19 +36,20 @@ def draw_decode(results: Sequence[DecodeResult], decode_bytes: DecodeBytes, path
     axes.plot(shares, allowed, color="0.5", linewidth=2, linestyle="--", label="bytes allow, over dense by neuron")
     measured = sorted(results, key=lambda result: result.mean_zeros)
     zeros = [result.mean_zeros for result in measured]
+    ratios = {name: [result.ratio(name) for result in measured] for name in _COLORS}
     for name, color in _COLORS.items():
-        ratios = [result.ratio(name) for result in measured]
-        axes.plot(zeros, ratios, color=color, linewidth=2, marker="o", label=f"over {name}")
-        axes.annotate(
-            f"{ratios[-1]:.2f}", (zeros[-1], ratios[-1]), xytext=(7, -4), textcoords="offset points", color=color
-        )
-    top = 1.08 * max(*allowed, *(result.ratio(name) for result in measured for name in _COLORS))
+        label = f"over {name}: {ratios[name][-1]:.2f} at {zeros[-1]:.0%}"
+        axes.plot(zeros, ratios[name], color=color, linewidth=2, marker="o", label=label)
     axes.axhline(1, color="0.8", linewidth=1, zorder=0)
+    bottom = min(1, *(ratio for each in ratios.values() for ratio in each)) - 0.1
     axes.set_title(title)
     axes.set(
-        xlabel="neurons at zero", ylabel="times as fast, sparse", xlim=(max(0, min(zeros) - 0.1), 1.0), ylim=(0, top)
+        xlabel="neurons at zero",
+        ylabel="times as fast, sparse",
+        xlim=(max(0, min(zeros) - 0.1), 1.0),
+        ylim=(bottom, None),
     )
     axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="best")
     figure.savefig(path, format="png")
