@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import arcee_mlx
 from arcee_mlx import ArceeForCausalLM, GenerateOptions, GenerationChunk, InputError, Tokenizer
-from arcee_mlx.generate.speculative import NgramDrafter, Speculator
+from arcee_mlx.generate.speculative import ModelDrafter, NgramDrafter, Speculator
 
 from conftest import flat, tiny_config, write_checkpoint
 
@@ -227,25 +227,37 @@ def test_processors_are_called_as_without_drafts(loaded: Loaded) -> None:
     assert calls(num_draft_tokens=6, draft_model=disturbed(loaded[0])) == plain
 
 
-def test_passes_are_counted_and_hold_at_most_eight_tokens(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = loaded[0]
-    widths: list[int] = []
+@pytest.fixture
+def widths(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens each pass of the model was given."""
+    seen: list[int] = []
     forward = ArceeForCausalLM.__call__
 
     def count(self: ArceeForCausalLM, input_ids: mx.array, cache: Any = None) -> mx.array:
-        if self is model:
-            widths.append(input_ids.shape[1])
+        if self is loaded[0]:
+            seen.append(input_ids.shape[1])
         return forward(self, input_ids, cache)
 
     monkeypatch.setattr(ArceeForCausalLM, "__call__", count)
-    # An odd number of tokens before the last: one pass for the prompt, one for the token that nobody reads.
-    stats = run(loaded, max_tokens=41, num_draft_tokens=7, draft_model=disturbed(model))[-1].stats
-    passes = widths[1:-1]
+    return seen
+
+
+def test_passes_are_counted_and_hold_at_most_eight_tokens(loaded: Loaded, widths: list[int]) -> None:
+    stats = run(loaded, max_tokens=41, num_draft_tokens=7, draft_model=disturbed(loaded[0]))[-1].stats
+    passes = widths[1:-1]  # between the prompt's but for its last token, and the one that ran ahead
     assert max(passes) == 8 and widths[-1] == 1
     assert stats.generation_tokens == 41 == len(passes) + stats.accepted_tokens
     assert stats.drafted_tokens == sum(passes) - len(passes)
     assert stats.tokens_per_step == 41 / len(passes) > 1
     assert stats.acceptance_rate == stats.accepted_tokens / stats.drafted_tokens < 1
+
+
+def test_nothing_is_drafted_after_an_end_of_text(loaded: Loaded, widths: list[int]) -> None:
+    first = run(loaded, max_tokens=1)[0].token
+    name = next(text for text, token in loaded[1]._backend.get_vocab().items() if token == first)
+    widths.clear()
+    (chunk,) = run(loaded, extra_eos_tokens=(name,), num_draft_tokens=7, draft_model=disturbed(loaded[0], 3.0))
+    assert chunk.stop_reason == "eos" and widths[1:] == [8, 1]
 
 
 def test_without_drafts_there_is_nothing_to_count(loaded: Loaded) -> None:
@@ -258,6 +270,21 @@ def test_without_drafts_there_is_nothing_to_count(loaded: Loaded) -> None:
 def test_a_draft_model_like_the_model_is_always_right(loaded: Loaded, temp: float) -> None:
     chunks = run(loaded, temp=temp, seed=3, repetition_penalty=1.2, num_draft_tokens=7, draft_model=loaded[0])
     assert chunks[-1].stats.acceptance_rate == 1
+
+
+def test_a_draft_model_forgets_what_was_rejected(loaded: Loaded) -> None:
+    class Greedy:
+        def copy_sampler(self) -> Any:
+            return lambda scores: mx.argmax(scores, axis=-1)
+
+    def drafter() -> ModelDrafter:
+        return ModelDrafter(loaded[0], Greedy(), [], prefill_step_size=4)  # type: ignore[arg-type]
+
+    ids, kept = loaded[1].encode(PROMPT), drafter()
+    for accepted in (0, 3, 5, 2, 1):
+        drafts = kept.propose(ids, 5)
+        assert drafts == drafter().propose(ids, 5)
+        ids = [*ids, *drafts[:accepted], 9]
 
 
 def test_a_draft_model_drafts_nothing_beyond_its_positions(loaded: Loaded, tmp_path: Path) -> None:
