@@ -4,14 +4,19 @@ from .checkpoint.adapters import fuse_adapter, save_peft_adapter, set_adapter
 from .checkpoint.function_schema import get_json_schema
 from .checkpoint.loading import DEMO_MODEL, load, load_model, save_checkpoint
 from .checkpoint.tokenizer import Tokenizer
+from .engine import AnswerStream, AsyncAnswerStream, Engine, EngineStats, Request
 from .errors import (
     ArceeError,
     CallbackError,
     CheckpointError,
     ConfigError,
     ConversionError,
+    DeviceError,
+    EngineClosedError,
     HubError,
     InputError,
+    MemoryBudgetError,
+    QueueFullError,
     TokenizerError,
 )
 from .generate import (
@@ -40,10 +45,12 @@ from .model.relu2.down import store_by_neuron
 __all__ = [
     "DEMO_MODEL",
     "Answer",
+    "AnswerStream",
     "ArceeConfig",
     "ArceeError",
     "ArceeForCausalLM",
     "ArceeModel",
+    "AsyncAnswerStream",
     "BaseModelOutput",
     "Beam",
     "CallbackError",
@@ -51,13 +58,20 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "ConversionError",
+    "DeviceError",
+    "Engine",
+    "EngineClosedError",
+    "EngineStats",
     "GenerateOptions",
     "GenerationChunk",
     "GenerationStats",
     "HubError",
     "InputError",
     "Inspection",
+    "MemoryBudgetError",
     "PromptCache",
+    "QueueFullError",
+    "Request",
     "TokenLogprob",
     "Tokenizer",
     "TokenizerError",

@@ -15,6 +15,7 @@ COMMANDS = {
     "inspect": ("arcee_mlx.inspection.command", "show what a checkpoint is, and what is odd about it or missing"),
     "sparsity": ("arcee_mlx.measure.sparsity_command", "show how many neurons are zero, and what that promises"),
     "bench": ("arcee_mlx.bench.command", "measure speed as a ratio against mlx-lm"),
+    "doctor": ("arcee_mlx.doctor.command", "check that this installation is sound"),
 }
 
 

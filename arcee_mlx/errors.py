@@ -31,3 +31,19 @@ class ConversionError(ArceeError):
 
 class CallbackError(ArceeError):
     """A function the caller passed in raised, or returned what it must not; what it raised is the cause."""
+
+
+class EngineClosedError(ArceeError):
+    """A call to an engine that is closed, was closed meanwhile, or belongs to another process."""
+
+
+class QueueFullError(ArceeError):
+    """An engine has as many requests waiting as it takes; the caller may try again later."""
+
+
+class MemoryBudgetError(ArceeError):
+    """A request that does not fit the memory budget; the message gives the numbers and what would fit."""
+
+
+class DeviceError(ArceeError):
+    """The device, or MLX on it, failed while it computed; what it said is the cause."""

@@ -16,6 +16,7 @@ from .. import upstream
 from ..errors import CheckpointError, ConfigError, InputError
 from ..model.config import ArceeConfig, read_config
 from ..model.decoder import ArceeForCausalLM, ArceeModel
+from ..thread_end import wait_for_this_thread_at_exit
 from .adapters import Model, has_adapter, set_adapter
 from .files import FLOATS, Checkpoint, TensorEntry, new_folder, open_checkpoint, same_content, write_json, write_tensors
 from .hub import resolve_folder
@@ -52,6 +53,7 @@ def load(
     folder = resolve_folder(path_or_id, revision=revision)
     tokenizer = read_tokenizer(folder)
     model = load_model(folder, ArceeForCausalLM, dtype=dtype, adapter_path=adapter)
+    wait_for_this_thread_at_exit()
     mx.eval(model.parameters())  # a weight that is not read yet belongs to the thread that named it
     return model, tokenizer
 

@@ -97,9 +97,13 @@ class Answer:
     top_logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
 
 
-def join_chunks(chunks: Sequence[GenerationChunk], *, cancelled: bool = False) -> Answer:
-    """The answer that chunks, at least one, make up: all of them unless the caller cancelled it."""
-    reason: StopReason | None = "cancelled" if cancelled else chunks[-1].stop_reason
+def join_chunks(chunks: Sequence[GenerationChunk], stop_reason: StopReason | None = None) -> Answer:
+    """The answer that chunks, at least one, make up.
+
+    Args:
+        stop_reason: why they end early; None where the last one says why.
+    """
+    reason = stop_reason or chunks[-1].stop_reason
     assert reason is not None
     return Answer(
         text="".join(chunk.text for chunk in chunks),

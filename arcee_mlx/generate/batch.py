@@ -112,7 +112,7 @@ def generate_answers(
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise InputError(f"n is {n!r}; expected an integer of at least 1")
     unseen = prompt_cache.unseen_tokens if prompt_cache else 0
-    request = read_request(model, tokenizer, prompt, options, unseen_tokens=unseen)
+    request = read_request(model.config, tokenizer, prompt, options, unseen_tokens=unseen)
     _refuse_for_one(request.options)
     if prompt_cache is not None:
         _refuse_for_one(prompt_cache)
@@ -135,7 +135,7 @@ def _read_row(
     model: ArceeForCausalLM, tokenizer: Tokenizer, place: int, prompt: Prompt, options: GenerateOptions | None
 ) -> Request:
     try:
-        request = read_request(model, tokenizer, prompt, options)
+        request = read_request(model.config, tokenizer, prompt, options)
         _refuse_for_one(request.options)
     except InputError as error:
         raise InputError(f"prompt {place}: {error}") from error

@@ -105,7 +105,7 @@ def _print_answer(chunks: Iterator[GenerationChunk], tokenizer: Tokenizer, args:
     if not args.json:
         print()
     elif made:
-        print(_dump(_as_json(join_chunks(made, cancelled=interrupted), tokenizer)))
+        print(_dump(_as_json(join_chunks(made, "cancelled" if interrupted else None), tokenizer)))
     else:
         print(_dump({"text": "", "stop_reason": "cancelled", "tokens": []}))
     if made and not args.quiet:

@@ -117,7 +117,7 @@ def cache_prompt(
     options = options or GenerateOptions()
     ids = encode_prompt(tokenizer, prompt, options, is_open=True)
     read = replace(options, prefill_response=None, chat_template_config={})
-    request = read_request(model, tokenizer, ids, read)
+    request = read_request(model.config, tokenizer, ids, read)
     layers = make_prompt_cache(model, request.options)
     fill_cache(model, layers, request.ids, options.prefill_step_size, prompt_progress or (lambda *_: None))
     return PromptCache(layers, tuple(request.ids), hash_weights(model))

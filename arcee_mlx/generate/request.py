@@ -12,7 +12,7 @@ import numpy as np
 
 from ..checkpoint.tokenizer import Tokenizer
 from ..errors import InputError
-from ..model.decoder import ArceeForCausalLM
+from ..model.config import ArceeConfig
 from .options import GenerateOptions, StopReason, context_tokens
 from .sampling import draw_seed
 
@@ -41,7 +41,7 @@ class Request:
 
 
 def read_request(
-    model: ArceeForCausalLM,
+    config: ArceeConfig,
     tokenizer: Tokenizer,
     prompt: Prompt,
     options: GenerateOptions | None,
@@ -53,10 +53,10 @@ def read_request(
     Raises:
         InputError, TokenizerError: see `generate`.
     """
-    options = (options or GenerateOptions()).resolve(tokenizer.generation_config, model.config)
+    options = (options or GenerateOptions()).resolve(tokenizer.generation_config, config)
     options = replace(options, seed=draw_seed() if options.seed is None else options.seed)
     ids = encode_prompt(tokenizer, prompt, options, goes_on=unseen_tokens > 0)
-    room = _check_prompt(ids, model, unseen_tokens)
+    room = _check_prompt(ids, config, unseen_tokens)
     asked = options.max_tokens
     limit = room if asked in (None, -1) else min(asked, room)
     return Request(
@@ -134,21 +134,21 @@ def _encode_messages(
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def _check_prompt(ids: Sequence[int], model: ArceeForCausalLM, unseen_tokens: int) -> int:
+def _check_prompt(ids: Sequence[int], config: ArceeConfig, unseen_tokens: int) -> int:
     """Raises InputError unless the model can take the prompt; returns how many tokens may follow it."""
     if not ids:
         raise InputError("the prompt is empty; expected at least one token; give some text")
     for place, token in enumerate(ids):
-        if not 0 <= token < model.config.vocab_size:
+        if not 0 <= token < config.vocab_size:
             raise InputError(
-                f"prompt holds the id {token} at place {place}; expected 0 to {model.config.vocab_size - 1}; "
+                f"prompt holds the id {token} at place {place}; expected 0 to {config.vocab_size - 1}; "
                 f"check that tokenizer and model belong together"
             )
     length = unseen_tokens + len(ids)
-    room = context_tokens(model.config) - length
+    room = context_tokens(config) - length
     if room < 1:
         raise InputError(
-            f"the prompt has {length} tokens; expected fewer than the {context_tokens(model.config)} positions of the "
+            f"the prompt has {length} tokens; expected fewer than the {context_tokens(config)} positions of the "
             f"model; shorten it"
         )
     return room

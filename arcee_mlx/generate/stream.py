@@ -14,6 +14,7 @@ from .. import upstream
 from ..checkpoint.tokenizer import Tokenizer
 from ..errors import ArceeError
 from ..model.decoder import ArceeForCausalLM
+from ..thread_end import wait_for_this_thread_at_exit
 from .answer import GenerationChunk
 from .options import GenerateOptions
 from .prefill import PromptProgress, make_prompt_cache
@@ -88,7 +89,7 @@ def stream_generate(
     """
     started_s = time.perf_counter()
     unseen = prompt_cache.unseen_tokens if prompt_cache else 0
-    request = read_request(model, tokenizer, prompt, options, unseen_tokens=unseen)
+    request = read_request(model.config, tokenizer, prompt, options, unseen_tokens=unseen)
     if prompt_cache is not None:
         prompt_cache.check_fits(request.options, model)
     check_drafts(model, request.options, draft_model, prompt_cache)
@@ -114,6 +115,7 @@ def _stream(
     started_s: float,
     prompt_progress: PromptProgress,
 ) -> Iterator[GenerationChunk]:
+    wait_for_this_thread_at_exit()
     generate_step = upstream.mlx_lm_module("generate").generate_step
     options = request.options
     cache, cached = prompt_cache.fork(request.ids) if prompt_cache else (make_prompt_cache(model, options), 0)
@@ -133,7 +135,7 @@ def _stream(
     thread, first = threading.get_ident(), True
     try:
         while True:
-            with _own_default_stream():
+            with own_default_stream():
                 step = next(steps, None)
             if step is None:
                 return
@@ -148,7 +150,7 @@ def _stream(
                 return
     finally:
         try:
-            with _own_default_stream():
+            with own_default_stream():
                 steps.close()
         except RuntimeError:  # MLX does not leave mlx-lm's stream in another thread; there is nothing else to close
             if threading.get_ident() == thread:
@@ -156,7 +158,7 @@ def _stream(
 
 
 @contextlib.contextmanager
-def _own_default_stream() -> Iterator[None]:
+def own_default_stream() -> Iterator[None]:
     """mlx-lm's step yields inside its own stream; the caller's code between two tokens is to run on the caller's."""
     before = mx.default_stream(mx.default_device())
     try:

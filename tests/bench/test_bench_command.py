@@ -21,11 +21,17 @@ def test_defaults_are_what_the_readme_quotes() -> None:
     assert parser.parse_args(["convert", "--layers", "9", "18"]).layers == [9, 18]
 
 
-def test_batch_prints_both_rates_and_their_ratio(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_batch_prints_every_rate_and_the_ratios(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "batch", "--model", str(checkpoint), "--runs", "1", "--max-tokens", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "mlx" in lines[0]
-    assert [line[:10].strip() for line in lines[1:]] == ["batched", "one by one", "ratio"]
+    assert [line.partition(" median")[0].strip() for line in lines[1:5]] == [
+        "one by one", "batched", "engine, one by one", "engine, together",
+    ]  # fmt: skip
+    assert [line.partition(":")[0] for line in lines[5:]] == [
+        "batched / one by one",
+        "engine, together / engine, one by one",
+    ]
     assert "8 answers of up to 2 tokens" in lines[-1]
 
 

@@ -169,7 +169,8 @@ def test_whatever_the_options_the_answer_is_the_one_without_drafts(loaded: Loade
     plain = run(loaded, **OPTIONS[name])
     chunks = run(loaded, num_draft_tokens=5, draft_model=disturbed(loaded[0]) if by_model else None, **OPTIONS[name])
     assert contents(chunks) == contents(plain)
-    assert chunks[-1].stats.accepted_tokens > 0 or len(plain) <= 2
+    stats = chunks[-1].stats
+    assert (stats.accepted_tokens if by_model else stats.drafted_tokens) > 0 or len(plain) <= 2
 
 
 @pytest.mark.parametrize("temp", [0.0, 1.0])
@@ -399,6 +400,14 @@ def test_rejected_drafts_left_in_the_cache_would_show(
 def test_options_that_cannot_be_are_refused(loaded: Loaded, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         run(loaded, **options)
+
+
+def test_an_engine_refuses_drafts(checkpoint: Path) -> None:
+    with (
+        arcee_mlx.Engine.load(checkpoint) as engine,
+        pytest.raises(InputError, match="num_draft_tokens is 3 in an engine"),
+    ):
+        engine.submit(PROMPT, GenerateOptions(num_draft_tokens=3))
 
 
 def test_draft_models_that_do_not_fit_are_refused(loaded: Loaded) -> None:

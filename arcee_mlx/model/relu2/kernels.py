@@ -16,6 +16,7 @@ import mlx.core as mx
 from ..activations import relu2
 from .rows import Rows
 
+BITS = (4, 8)  # of packed rows
 MAX_TOKENS = 8  # more need most neurons between them, and more registers than a thread has
 _FOLDER = Path(__file__).parent
 _FLOATS = {mx.float32: 32, mx.float16: 16, mx.bfloat16: 16}  # bits of a weight that is not packed
@@ -43,7 +44,7 @@ def explain_unserved(x: mx.array, rows: Rows, bias: mx.array | None = None) -> s
         return f"an array of {other} and activations of {x.dtype}; the kernels take one dtype"
     if rows.bits is None and rows.hidden % 8:
         return f"rows are {rows.hidden} floats; the kernels take multiples of 8"
-    if rows.bits is not None and (rows.bits not in (4, 8) or rows.mode != "affine"):
+    if rows.bits is not None and (rows.bits not in BITS or rows.mode != "affine"):
         return f"rows are {rows.bits} bits, {rows.mode}; the kernels take 4 or 8, affine"
     if rows.weights.shape[0] < 8:  # MLX would hand over so small an input as `constant`
         return f"{rows.weights.shape[0]} neurons; the kernels take 8 or more"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 
 import mlx.core as mx
@@ -48,26 +49,41 @@ def find_fault(dtype: mx.Dtype, bits: int | None, group_size: int | None, tokens
     return fault
 
 
-def measure_error(dtype: mx.Dtype, bits: int | None, group_size: int | None, tokens: int) -> float:
+def measure_error(
+    dtype: mx.Dtype,
+    bits: int | None,
+    group_size: int | None,
+    tokens: int,
+    *,
+    multiply: Callable[[mx.array, Rows, mx.array | None, mx.array], mx.array] = kernels.multiply,
+    has_bias: bool = True,
+    zeros: float = 0.5,
+    shape: tuple[int, int] | None = None,
+) -> float:
     """The largest difference between the kernels and float64 on a small random layer, over the largest output.
 
     Args:
         dtype, bits, group_size, tokens: of the variant; bits and group_size None for rows of floats.
+        multiply: what is compared, called as `kernels.multiply` is.
+        has_bias: whether the layer has a bias.
+        zeros: share of the neurons that are zero for a token.
+        shape: neurons and hidden of the layer; None is 200 and three groups.
     """
-    hidden = 3 * (group_size or 104)
-    keys = mx.random.split(mx.random.key(0), 4)
-    shapes = ((tokens, NEURONS), (NEURONS, hidden), (hidden,), (tokens, hidden))
+    neurons, hidden = shape or (NEURONS, 3 * (group_size or 104))
+    keys = mx.random.split(mx.random.key(0), 5)
+    shapes = ((tokens, neurons), (neurons, hidden), (hidden,), (tokens, hidden))
     x, weights, bias, residual = (
-        mx.random.normal(shape, key=key).astype(dtype) for shape, key in zip(shapes, keys, strict=True)
+        mx.random.normal(shape, key=key).astype(dtype) for shape, key in zip(shapes, keys[:4], strict=True)
     )
+    x = mx.where(mx.random.uniform(shape=x.shape, key=keys[4]) < zeros, -mx.abs(x), mx.abs(x))
     rows = plain = Rows(weights)
     if bits is not None:
         packed, scales, biases = mx.quantize(weights, group_size, bits)
         rows = Rows(packed, scales, biases, bits, group_size)
         plain = replace(rows, scales=scales.astype(mx.float32), biases=biases.astype(mx.float32))
-    got = _to_float64(kernels.multiply(x, rows, bias, residual))
-    activations = np.square(np.maximum(_to_float64(x), 0))
-    want = activations @ _to_float64(plain.unpack()) + _to_float64(bias) + _to_float64(residual)
+    got = _to_float64(multiply(x, rows, bias if has_bias else None, residual))
+    want = np.square(np.maximum(_to_float64(x), 0)) @ _to_float64(plain.unpack()) + _to_float64(residual)
+    want += _to_float64(bias) if has_bias else 0
     error = np.abs(got - want).max() / np.abs(want).max()
     return float(error) if np.isfinite(error) else np.inf
 

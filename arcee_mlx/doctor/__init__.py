@@ -1,0 +1,1 @@
+"""`arcee-mlx doctor`: is this installation sound?"""

@@ -1,0 +1,132 @@
+"""AnswerStream and AsyncAnswerStream: an answer piece by piece. Letting go of one cancels its request."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from ..generate.answer import GenerationChunk
+from .request import Request
+
+
+class AnswerStream:
+    """An iterator over the chunks of one request, for any thread.
+
+    Attributes:
+        request: cancel it, or take the whole answer from it.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+
+    def __iter__(self) -> AnswerStream:
+        return self
+
+    def __next__(self) -> GenerationChunk:
+        try:
+            chunk = self.request.next_chunk()
+        except KeyboardInterrupt:
+            self.request.cancel()
+            raise
+        if chunk is None:
+            raise StopIteration
+        return chunk
+
+    def close(self) -> None:
+        """Cancels the request unless it has ended."""
+        self.request.cancel()
+
+    def __enter__(self) -> AnswerStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.request.cancel()
+
+
+class AsyncAnswerStream:
+    """An asynchronous iterator over the chunks of one request, for one event loop, which it never blocks.
+
+    The prompt is checked and handed to the engine, in another thread, when the first chunk is asked for. Cancelling the
+    task that waits for a chunk cancels the request.
+    """
+
+    def __init__(self, submit: Callable[[], Request]) -> None:
+        self._submit = submit
+        self._request: Request | None = None
+        self._news: asyncio.Event | None = None
+        self._closed = False
+
+    @property
+    def request(self) -> Request | None:
+        """The request; None until the first chunk was asked for."""
+        return self._request
+
+    def __aiter__(self) -> AsyncAnswerStream:
+        return self
+
+    async def __anext__(self) -> GenerationChunk:
+        if self._closed:
+            raise StopAsyncIteration
+        request = self._request or await self._begin()
+        news = self._news
+        assert news is not None
+        try:
+            while True:
+                news.clear()
+                chunk = request.next_chunk_now()
+                if chunk is None:
+                    raise StopAsyncIteration
+                if chunk != "not yet":
+                    return chunk
+                await news.wait()
+        except asyncio.CancelledError:
+            request.cancel()
+            raise
+
+    async def aclose(self) -> None:
+        """Cancels the request unless it has ended; there are no further chunks."""
+        self._closed = True
+        if self._request is not None:
+            self._request.cancel()
+
+    async def __aenter__(self) -> AsyncAnswerStream:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        if self._request is not None:
+            self._request.cancel()
+
+    async def _begin(self) -> Request:
+        loop = asyncio.get_running_loop()
+        submitting: Future[Request] = _submitters.submit(self._submit)
+        try:
+            request = await asyncio.wrap_future(submitting)
+        except asyncio.CancelledError:
+            submitting.add_done_callback(_cancel_submitted)
+            raise
+        news = asyncio.Event()
+        self._request, self._news = request, news
+
+        def tell() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(news.set)
+
+        request.listen(tell)
+        return request
+
+
+# Not the loop's own executor, which an app's slow calls may have filled.
+_submitters = ThreadPoolExecutor(2, thread_name_prefix="arcee_mlx-submit")
+
+
+def _cancel_submitted(submitting: Future[Request]) -> None:
+    if not submitting.cancelled() and submitting.exception() is None:
+        submitting.result().cancel()

@@ -1,0 +1,91 @@
+"""Batch: rows that decode together, over mlx-lm's GenerationBatch; and LoneRows, whose caches cannot be put together.
+
+A row joins with its prompt read but for the last token, and may leave with its cache and join again: the tokens are
+those of a row that stayed. mlx-lm computes one step ahead of the tokens it gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+import mlx.core as mx
+
+from .. import upstream
+from ..generate.stream import own_default_stream
+from ..model.decoder import ArceeForCausalLM
+from .rows import ActiveRow
+
+_NO_LIMIT = 2**62  # the rows say when they end
+
+
+class Batch:
+    """Rows with growing float caches: one pass over the weights makes a token of each."""
+
+    def __init__(self, model: ArceeForCausalLM) -> None:
+        self._model = model
+        self._generate = upstream.mlx_lm_module("generate")
+        self._batch = self._generate.GenerationBatch.empty(model, self._generate.greedy_sampler)
+        self._rows: dict[int, ActiveRow] = {}
+        self._next_uid = 0
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def join(self, row: ActiveRow) -> None:
+        """Takes a row in whose cache holds all its ids but the last; it is copied."""
+        uid, self._next_uid = self._next_uid, self._next_uid + 1
+        alone = self._generate.GenerationBatch(
+            self._model,
+            [uid],
+            mx.array(row.ids[-1:]),
+            [layer.merge([layer]) for layer in row.cache],
+            [row.ids[:-1]],
+            [row.sampler or self._generate.greedy_sampler],
+            self._generate.greedy_sampler,
+            [row.processors],
+            [self._generate.StopSequences()],
+            [_NO_LIMIT],
+        )
+        row.cache = []
+        self._batch.extend(alone)
+        self._rows[uid] = row
+
+    def step(self) -> list[tuple[ActiveRow, int, mx.array]]:
+        """One token of each row, with the scores (V,) it was drawn from; its keys and values are in the cache by then."""
+        return [(self._rows[r.uid], r.token, r.logprobs) for r in self._batch.next()]
+
+    def leave(self, row: ActiveRow, *, with_cache: bool) -> int:
+        """Takes a row out, if asked with a copy of its cache, which holds all tokens that were given out.
+
+        Returns:
+            the token that was drawn one step ahead. With it as its last id the row may join again.
+        """
+        uid = next(uid for uid, other in self._rows.items() if other is row)
+        place = self._batch.uids.index(uid)
+        drawn = self._batch._next_tokens[place].item()
+        if with_cache:
+            row.cache = self._batch.extract_cache(place)
+            mx.eval([layer.state for layer in row.cache])
+        self._batch.filter([i for i in range(len(self._batch)) if i != place])
+        del self._rows[uid]
+        return drawn
+
+
+def step_alone(model: ArceeForCausalLM, row: ActiveRow) -> Generator[tuple[int, mx.array]]:
+    """The tokens of a row whose cache, rotating or quantized, is in no batch; each with its scores (V,)."""
+    steps = upstream.mlx_lm_module("generate").generate_step(
+        mx.array(row.ids[-1:]),
+        model,
+        max_tokens=_NO_LIMIT,
+        sampler=row.sampler,
+        logits_processors=row.processors,
+        prompt_cache=row.cache,
+    )
+    try:
+        while True:
+            with own_default_stream():
+                step = next(steps)
+            yield step
+    finally:
+        with own_default_stream():
+            steps.close()  # here: MLX does not leave a stream in another thread

@@ -1,0 +1,92 @@
+"""ActiveRow: a request that the owner thread computes, and what fails in it fails it alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from typing import Any
+
+import mlx.core as mx
+
+from ..checkpoint.tokenizer import Tokenizer
+from ..errors import ArceeError, CallbackError
+from ..generate.row import Row
+from ..generate.sampling import LogitsProcessor
+from ..model.decoder import ArceeForCausalLM
+from .memory import RequestSize
+from .request import Request
+
+
+class ActiveRow:
+    """What the owner thread has of a request.
+
+    Attributes:
+        ids: prompt and answer so far.
+        cache: its own, one entry a layer, while it is in no batch.
+        read_tokens: of the prompt, those that are in the cache.
+        cached_tokens: of them, those that were there already.
+        steps: its tokens, of a row that decodes alone.
+        error: what its sampler or one of its processors raised.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        model: ArceeForCausalLM,
+        tokenizer: Tokenizer,
+        size: RequestSize,
+        cache: list[Any],
+        cached_tokens: int,
+    ) -> None:
+        checked = request.checked
+        self.request, self.size, self.cache = request, size, cache
+        self.ids = list(checked.ids)
+        self.read_tokens = self.cached_tokens = cached_tokens
+        self.steps: Generator[tuple[int, mx.array]] | None = None
+        self.error: BaseException | None = None
+        self.row = Row(
+            model,
+            tokenizer,
+            checked,
+            request.logits_processors,
+            request.started_s,
+            hidden_tokens=len(self.ids) - 1 if size.is_alone else 0,  # what mlx-lm's step for one is not told of
+            cached_tokens=cached_tokens,
+        )
+        self.sampler = None if self.row.is_plain else self._guard_sampler(self.row.sampler)
+        self.processors = [self._guard_processor(process) for process in self.row.processors]
+
+    @property
+    def unread_tokens(self) -> int:
+        """Of the prompt, but for its last token, with which decoding begins."""
+        return len(self.request.checked.ids) - 1 - self.read_tokens
+
+    def _guard_processor(self, process: LogitsProcessor) -> LogitsProcessor:
+        def call(tokens: mx.array, logits: mx.array) -> mx.array:
+            if self.error is None:
+                try:
+                    # Another dtype would become that of the whole batch.
+                    return process(tokens, logits).astype(logits.dtype)
+                except BaseException as error:  # SystemExit, too, is this request's alone
+                    self.error = _as_arcee_error(error)
+            return logits
+
+        return call
+
+    def _guard_sampler(self, sample: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+        def call(logprobs: mx.array) -> mx.array:
+            if self.error is None:
+                try:
+                    return sample(logprobs)
+                except BaseException as error:
+                    self.error = _as_arcee_error(error)
+            return mx.argmax(logprobs, axis=-1)
+
+        return call
+
+
+def _as_arcee_error(error: BaseException) -> BaseException:
+    if isinstance(error, ArceeError):
+        return error
+    wrapped = CallbackError(f"sampling this request raised {type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped
