@@ -75,7 +75,13 @@ def tokens_of(chunks: list[GenerationChunk]) -> list[int]:
 
 
 def contents(chunks: list[GenerationChunk]) -> list[tuple[Any, ...]]:
-    return [(c.text, c.token, c.stop_reason, c.logprob, c.top_logprobs) for c in chunks]
+    return [(c.text, c.token, c.stop_reason, [top.token for top in c.top_logprobs]) for c in chunks]
+
+
+def logprobs(chunks: list[GenerationChunk]) -> list[float]:
+    return [
+        entry for c in chunks if c.logprob is not None for entry in (c.logprob, *(t.logprob for t in c.top_logprobs))
+    ]
 
 
 def demo_prompts() -> list[Any]:
@@ -169,6 +175,8 @@ def test_whatever_the_options_the_answer_is_the_one_without_drafts(loaded: Loade
     plain = run(loaded, **OPTIONS[name])
     chunks = run(loaded, num_draft_tokens=5, draft_model=disturbed(loaded[0]) if by_model else None, **OPTIONS[name])
     assert contents(chunks) == contents(plain)
+    np.testing.assert_allclose(logprobs(chunks), logprobs(plain), rtol=0, atol=1e-4)
+    assert len(logprobs(chunks)) == (4 * len(plain) if name == "logprobs" else 0)
     stats = chunks[-1].stats
     assert (stats.accepted_tokens if by_model else stats.drafted_tokens) > 0 or len(plain) <= 2
 
