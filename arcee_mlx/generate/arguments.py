@@ -113,12 +113,12 @@ def _add_answer_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_draft_arguments(parser: argparse.ArgumentParser) -> None:
     drafts = parser.add_argument_group("speculative decoding (the answer stays the same)")
     drafts.add_argument(
-        "--num-draft-tokens", type=int, metavar="N", help="draft and verify N tokens at once, up to 7 (0 = off)"
+        "--num-draft-tokens", type=int, metavar="N", help="draft and verify up to N tokens at once, 7 at most (0 = off)"
     )
     drafts.add_argument(
         "--draft-model",
         metavar="PATH|ID",
-        help="drafts come from this smaller model, 3 at a time unless --num-draft-tokens (default: from the text so far)",
+        help="drafts come from this smaller model, up to 3 at a time unless --num-draft-tokens (default: from the text so far)",
     )
     drafts.add_argument(
         "--max-matching-ngram-size", type=int, metavar="N", help="last tokens to look for in the text so far (3)"

@@ -50,8 +50,8 @@ class GenerateOptions:
         max_kv_size: keep the first 4 and the newest tokens only, so many in all. None keeps all.
         kv_bits: store keys and values in so many bits from the first token on: 2, 4 or 8. Not with max_kv_size.
         kv_group_size: group size of that: 32, 64 or 128, and a divisor of the head's width.
-        num_draft_tokens: draft so many tokens at a time and verify them at once, 1 to 7; the answer stays the same. 0 is
-            off. Drafts are what followed when the last tokens stood there before (transformers' prompt lookup), or a
+        num_draft_tokens: draft up to so many tokens at a time, 1 to 7, the more the better they did, and verify them at
+            once; the answer stays the same. 0 is off. Drafts are what followed when the last tokens stood there before (transformers' prompt lookup), or a
             `draft_model`'s. For one caller's answer, and not with max_kv_size.
         max_matching_ngram_size: last tokens to look for, without a draft model, 1 to 16. Default 3.
     """

@@ -100,15 +100,17 @@ class ModelDrafter:
             kept += 1
         for layer in self._cache:
             layer.trim(len(self._held) - kept)
-        fill_cache(self._model, self._cache, ids[kept:-1], self._step_tokens)
+        start = max(kept, len(ids) - 2)  # where all drafts came true the last is not in the cache yet
+        fill_cache(self._model, self._cache, ids[kept:start], self._step_tokens)
         tokens, sample = mx.array(ids), self._row.copy_sampler()
+        new = tokens[start:]
         for _ in range(n):
-            logits = self._model(tokens[None, -1:], self._cache)[:, -1]
+            logits = self._model(new[None], self._cache)[:, -1]
             for process in self._processors:
                 logits = process(tokens, logits)
-            token = sample(logits - mx.logsumexp(logits, keepdims=True))
-            mx.async_eval(token)
-            tokens = mx.concatenate([tokens, token.astype(tokens.dtype)])
+            new = sample(logits - mx.logsumexp(logits, keepdims=True)).astype(tokens.dtype)
+            mx.async_eval(new)
+            tokens = mx.concatenate([tokens, new])
         drafts: list[int] = tokens[-n:].tolist()  # type: ignore[assignment]
         self._held, self._sure = [*ids, *drafts[:-1]], len(ids)
         return drafts
