@@ -69,7 +69,8 @@ def test_only_new_tokens_are_computed(engine: Engine, loaded: Loaded) -> None:
     turn = tokenizer.encode("\n<|im_start|>user\nand<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)
     last: GenerationChunk | None = None
     is_open = 0
-    for ids, extra in (([80, 81, 82, IM_END], 0), ([80, 81], 1), ([90, 91, IM_END], 0), ([80], 1), ([80], 1)):
+    letters = [token for letter in "the sea" for token in tokenizer.encode(letter, add_special_tokens=False)]
+    for ids, extra in (([*letters, IM_END], 0), (letters, 1), ([80, *letters, IM_END], 0), ([80], 1), ([80], 1)):
         # Of an answer that did not end itself the end of the turn is new, too.
         before = engine.stats().computed_prompt_tokens
         options = GenerateOptions(max_tokens=len(ids))
@@ -104,13 +105,18 @@ def test_the_model_sees_what_the_messages_say_however_an_answer_ended(
         "half": ((*ids("the sea"), emoji[0]), (), "the sea\ufffd"),
         "nothing": ((IM_END,), (), ""),
     }[ending]
-    session = engine.session("Be brief.")
+    session = engine.session(f"Be brief: {ending}.")
+    by_letters = [token for letter in "the sea" for token in ids(letter)]
+    assert len(by_letters) > len(ids("the sea"))
+    list(session.send("Zero?", GenerateOptions(max_tokens=len(by_letters)), logits_processors=[Script(*by_letters)]))
     options = GenerateOptions(max_tokens=len(said), temp=0, stop=stop)
-    list(session.send("One?", options, logits_processors=[Script(*said)]))
-    assert contents(session) == ["Be brief.", "One?", shown]
+    *_, one = session.send("One?", options, logits_processors=[Script(*said)])
+    assert contents(session)[3:] == ["One?", shown]
     script, text = Script(*ids("so")), render(tokenizer, session, "Two?")
-    list(session.send("Two?", GenerateOptions(max_tokens=2), logits_processors=[script]))
+    *_, two = session.send("Two?", GenerateOptions(max_tokens=2), logits_processors=[script])
     assert tokenizer.decode(script.prompt) == text
+    # Whatever becomes of one answer, those before it keep their tokens.
+    assert two.stats.cached_tokens >= one.stats.prompt_tokens
     script, text = Script(), render(tokenizer, session, "Three?")
     list(session.send("Three?", GenerateOptions(max_tokens=2), logits_processors=[script]))
     assert tokenizer.decode(script.prompt) == text
@@ -141,7 +147,9 @@ def test_a_template_that_rewrites_what_was_said_is_followed(checkpoint: Path, tm
             assert read(chunks) == read(arcee_mlx.stream_generate(model, tokenizer, script.prompt, GREEDY))
 
 
-def test_a_tokenizer_that_puts_a_space_before_text_gets_the_prompt_in_one(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_that_puts_a_space_before_text_gets_the_prompt_in_one(
+    checkpoint: Path, loaded: Loaded, tmp_path: Path
+) -> None:
     folder = tmp_path / "model"
     shutil.copytree(checkpoint, folder)
     values = json.loads((folder / "tokenizer.json").read_text())
@@ -150,10 +158,10 @@ def test_a_tokenizer_that_puts_a_space_before_text_gets_the_prompt_in_one(checkp
     tokenizer = arcee_mlx.load(folder)[1]
     with Engine.load(folder) as engine:
         session = engine.session()
-        said = tokenizer.encode("the watery part", add_special_tokens=False)
+        said = loaded[1].encode("the watery part", add_special_tokens=False)
         options = GenerateOptions(max_tokens=len(said), stop=("ery",))
         list(session.send("One?", options, logits_processors=[Script(*said)]))
-        assert contents(session)[1].endswith("wat")
+        assert contents(session)[1] == "the wat"
         text, script = render(tokenizer, session, "Two?"), Script()
         list(session.send("Two?", GREEDY, logits_processors=[script]))
         assert script.prompt == tokenizer.encode(text, add_special_tokens=False)
