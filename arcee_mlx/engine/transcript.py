@@ -110,11 +110,9 @@ class Transcript:
             )
             draft = self._write(tokenizer, user, options, dropped + 1 + place)
         if len(draft.ids) >= context:
-            advice = (
-                "send less"
-                if draft.turn.dropped_turns == len(self.turns)
-                else ("send less, roll turns back, or open the session with overflow='drop_oldest_turns'")
-            )
+            advice = "send less"
+            if draft.turn.dropped_turns < len(self.turns):
+                advice += ", roll turns back, or open the session with overflow='drop_oldest_turns'"
             raise ContextOverflowError(
                 f"the session's next prompt has {len(draft.ids)} tokens; expected at most {context - 1} of the model's "
                 f"{context} positions, and {context - reserve} to leave {reserve} for the answer; {advice}"
