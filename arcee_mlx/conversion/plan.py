@@ -72,7 +72,13 @@ class PlannedTensor:
 
 
 def plan_tensors(
-    sources: Mapping[str, TensorEntry], layers: Collection[str], recipe: Recipe, *, dtype: str, num_layers: int
+    sources: Mapping[str, TensorEntry],
+    layers: Collection[str],
+    recipe: Recipe,
+    *,
+    dtype: str,
+    layout: str,
+    num_layers: int,
 ) -> list[PlannedTensor]:
     """Decides what becomes of every tensor.
 
@@ -82,6 +88,7 @@ def plan_tensors(
             whole groups stays a float.
         recipe: what to make of them.
         dtype: "float32", "float16" or "bfloat16", where the recipe leaves it open.
+        layout: of down projections.
         num_layers: of the decoder, for rules that pick layers by number.
 
     Returns:
@@ -95,7 +102,7 @@ def plan_tensors(
             plan.append(PlannedTensor(key, source, target, None, {key: (target, source.shape)}))
             continue
         rule, form = recipe.choose(_causal_path(path), num_layers)
-        by_neuron = recipe.layout == "by_neuron" and path.endswith(".mlp.down_proj")
+        by_neuron = layout == "by_neuron" and path.endswith(".mlp.down_proj")
         rows, columns = source.shape[::-1] if by_neuron else source.shape
         if form is not None and columns % form.group_size:
             form = None

@@ -84,13 +84,17 @@ def plan_conversion(
     entries = {key: source.checkpoint.entries[name] for key, name in source.names.items()}
     dtype = recipe.dtype or _own_dtype(source.config, entries)
     layers = {path for path, module in source.model.named_modules() if hasattr(module, "to_quantized")}
-    tensors = plan_tensors(entries, layers, recipe, dtype=dtype, num_layers=source.config.num_hidden_layers)
+    layout = recipe.choose_layout(source.config.hidden_act)
+    tensors = plan_tensors(
+        entries, layers, recipe, dtype=dtype, layout=layout, num_layers=source.config.num_hidden_layers
+    )
     carried = find_files(folder, _CARRIED)
     conversion = Conversion(
         source=hub_id or folder.resolve().name,
         revision=None if hub_id is None else folder.name,
         folder=target,
         recipe=recipe,
+        layout=layout,
         form=describe_form(tensors),
         is_quantized=any(t.quantization for t in tensors),
         dtype=dtype,
@@ -166,4 +170,4 @@ def convert_config(planned: ConversionPlan) -> dict[str, Any]:
     if table := quantization_table(planned.tensors):
         # Twice, as mlx-lm writes it: it reads the first, tools of Hugging Face look for the second.
         values["quantization"] = values["quantization_config"] = table
-    return values | layout_entry(planned.recipe.layout)
+    return values | layout_entry(planned.conversion.layout)

@@ -25,6 +25,7 @@ class Conversion:
         revision: the commit of a hub id.
         folder: of the converted checkpoint.
         recipe: what was asked for.
+        layout: of down projections: "standard" or "by_neuron".
         form: of the weights in words, such as "4 bits in groups of 64, bfloat16".
         is_quantized: whether a weight does not stay a float.
         dtype: of what is not quantized: "float32", "float16" or "bfloat16".
@@ -45,6 +46,7 @@ class Conversion:
     source: str
     folder: Path
     recipe: Recipe
+    layout: str
     form: str
     is_quantized: bool
     dtype: str
@@ -73,6 +75,7 @@ class Conversion:
             "revision": self.revision,
             "folder": str(self.folder),
             "recipe": recipe_to_dict(self.recipe),
+            "layout": self.layout,
             "form": self.form,
             "dtype": self.dtype,
             "float_layers": list(self.float_layers),
