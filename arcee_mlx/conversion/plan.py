@@ -123,13 +123,20 @@ def quantization_table(plan: Sequence[PlannedTensor]) -> dict[str, Any]:
 
 
 def describe_form(plan: Sequence[PlannedTensor]) -> str:
-    """The forms of a plan in words, that with the most bytes first: "4 bits in groups of 64, bfloat16"."""
+    """The forms of a plan in words, that with the most bytes first.
+
+    Such as "4 bits in groups of 64, bfloat16, down projections by neuron".
+    """
     nbytes: dict[str, int] = {}
     for tensor in plan:
-        if tensor.quantization is not None:
-            nbytes[tensor.form] = nbytes.get(tensor.form, 0) + tensor.nbytes
+        if (quantization := tensor.quantization) is not None:
+            nbytes[quantization.form] = nbytes.get(quantization.form, 0) + tensor.nbytes
     forms = sorted(nbytes, key=lambda form: -nbytes[form])
-    return ", ".join([*([" and ".join(forms)] if forms else []), _DTYPE_WORDS[plan[0].dtype]])
+    words = [" and ".join(forms)] if forms else []
+    words.append(_DTYPE_WORDS[plan[0].dtype])
+    if any(tensor.by_neuron for tensor in plan):
+        words.append("down projections by neuron")
+    return ", ".join(words)
 
 
 def find_undivided(plan: Sequence[PlannedTensor], recipe: Recipe) -> list[str]:

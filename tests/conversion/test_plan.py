@@ -44,7 +44,10 @@ def make_plan(folder, recipe, dtype="bfloat16"):
     opened = open_model(folder)
     sources = {key: opened.checkpoint.entries[name] for key, name in opened.names.items()}
     layers = {path for path, module in opened.model.named_modules() if hasattr(module, "to_quantized")}
-    return plan_tensors(sources, layers, recipe, dtype=dtype, num_layers=opened.config.num_hidden_layers)
+    layout = recipe.choose_layout(opened.config.hidden_act)
+    return plan_tensors(
+        sources, layers, recipe, dtype=dtype, layout=layout, num_layers=opened.config.num_hidden_layers
+    )
 
 
 def quantized_in_memory(source, recipe, num_layers=2):

@@ -47,6 +47,11 @@ class ByNeuron(nn.Module):
         """The matrix as it is stored."""
         raise NotImplementedError
 
+    @property
+    def weight(self) -> mx.array:
+        """The matrix as it is stored, for mlx-lm's tools, which tell sizes by it. It is no parameter and cannot be set."""
+        return self["weight_by_neuron"]
+
     def __call__(self, x: mx.array) -> mx.array:
         """The product with all rows."""
         return self._add(self._sum_shares(self.rows.multiply(x)), None)
