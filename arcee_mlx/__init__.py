@@ -40,6 +40,14 @@ from .inspection.results import Inspection
 from .inspection.run import inspect_checkpoint
 from .model.config import ArceeConfig
 from .model.decoder import ArceeForCausalLM, ArceeModel, BaseModelOutput, CausalLMOutput
+from .model.heads import (
+    ArceeForQuestionAnswering,
+    ArceeForSequenceClassification,
+    ArceeForTokenClassification,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
 from .model.relu2.down import store_by_neuron
 
 __all__ = [
@@ -49,6 +57,9 @@ __all__ = [
     "ArceeConfig",
     "ArceeError",
     "ArceeForCausalLM",
+    "ArceeForQuestionAnswering",
+    "ArceeForSequenceClassification",
+    "ArceeForTokenClassification",
     "ArceeModel",
     "AsyncAnswerStream",
     "BaseModelOutput",
@@ -70,8 +81,11 @@ __all__ = [
     "Inspection",
     "MemoryBudgetError",
     "PromptCache",
+    "QuestionAnsweringModelOutput",
     "QueueFullError",
     "Request",
+    "SequenceClassifierOutput",
+    "TokenClassifierOutput",
     "TokenLogprob",
     "Tokenizer",
     "TokenizerError",
