@@ -158,7 +158,9 @@ LABELS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("labels", LABELS)
-@pytest.mark.parametrize("problem", [None, "regression", "single_label_classification", "multi_label_classification", "x"])
+@pytest.mark.parametrize(
+    "problem", [None, "regression", "single_label_classification", "multi_label_classification", "x"]
+)
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_loss_and_refusals_of_a_classifier_are_transformers(
     tmp_path: Path, count: int, problem: str | None, labels: str
@@ -186,7 +188,9 @@ def test_each_call_decides_what_the_problem_is(tmp_path: Path) -> None:
     theirs = [pair(tmp_path / str(i), SEQUENCE, **labelled(3))[0] for i in range(2)]
     with torch.no_grad():
         for loss, reference, labels in zip(both, theirs, (torch.ones(2, 3), torch.tensor([0, 2])), strict=True):
-            assert loss == pytest.approx(reference(torch.tensor(random_ids((2, 5))), labels=labels).loss.item(), abs=1e-5)
+            assert loss == pytest.approx(
+                reference(torch.tensor(random_ids((2, 5))), labels=labels).loss.item(), abs=1e-5
+            )
 
 
 @pytest.mark.parametrize("dtype", ["int32", "int16", "uint8", "uint32"])
