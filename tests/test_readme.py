@@ -19,7 +19,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_python_runs_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(blocks("python")) == 3
+    assert len(blocks("python")) == 4
     scope: dict[str, object] = {}
     for code in blocks("python"):
         exec(compile(code, "README.md", "exec"), scope)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,8 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .. import upstream
-from ..errors import CheckpointError, ConfigError, InputError
+from ..errors import InputError
 from ..model.config import ArceeConfig, read_config
 from ..model.decoder import ArceeForCausalLM, ArceeModel
 from ..model.heads import (
@@ -25,21 +24,11 @@ from ..model.heads import (
 )
 from ..thread_end import wait_for_this_thread_at_exit
 from .adapters import has_adapter, set_adapter
-from .files import FLOATS, Checkpoint, TensorEntry, new_folder, open_checkpoint, same_content, write_json, write_tensors
+from .files import FLOATS, Checkpoint, new_folder, write_json, write_tensors
 from .hub import resolve_folder
-from .names import (
-    CLASSES,
-    TASK_HEADS,
-    Model,
-    check_generates,
-    choose_class,
-    layout_of,
-    map_names,
-    named_class,
-    tie_names,
-)
-from .quantization import Quantization, build_table, read_quantization
-from .shards import INDEX_FILE
+from .names import Model, check_generates, choose_class, layout_of
+from .opening import open_model
+from .quantization import Quantization, build_table
 from .tokenizer import Tokenizer, read_tokenizer
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo"  # the small trained model that comes with the package
@@ -93,6 +82,7 @@ def load_model(
     num_labels: int | None = None,
     id2label: Mapping[int, str] | None = None,
     problem_type: str | None = None,
+    pad_token_id: int | None = None,
 ) -> M:
     """Loads a model. Nothing is read from disk before it is first computed with, and then once; so the thread that
     loads it must be the first to compute with it, or `mx.eval(model.parameters())` it.
@@ -109,6 +99,7 @@ def load_model(
             backend, where half precision is many times slower.
         adapter_path: a LoRA or DoRA adapter to put on; see `set_adapter`.
         num_labels, id2label, problem_type: of a classifier, in place of the config's; see `set_labels`.
+        pad_token_id: in place of the config's; several rows at once need one to be classified as sequences.
 
     Raises:
         ConfigError: config.json does not describe a model this package runs exactly, or adapter_config.json such an
@@ -123,7 +114,9 @@ def load_model(
     if (num_labels, id2label, problem_type) != (None, None, None):
         _check_has_labels(choose_class(config, model_class))
         config = set_labels(config, num_labels=num_labels, id2label=id2label, problem_type=problem_type)
-    opened = _check(lay_out_model(config, open_checkpoint(folder), model_class))
+    if pad_token_id is not None:
+        config = replace(config, pad_token_id=pad_token_id)
+    opened = open_model(folder, model_class, config=config)
     target = _compute_dtype(dtype, opened.config, opened.checkpoint)
     arrays = opened.checkpoint.arrays()
     weights = {key: _cast(arrays[name], target) for key, name in opened.names.items()}
@@ -138,118 +131,12 @@ def load_model(
     return opened.model  # type: ignore[return-value]
 
 
-@dataclass(frozen=True)
-class OpenedModel:
-    """A checkpoint that has been checked but not read.
-
-    Attributes:
-        names: the model's key -> the file's key.
-        model: its layers, quantized where the file is; the weights are not the checkpoint's.
-        new: keys of the head that the file, of another class, does not have: the model's own values are to stay.
-    """
-
-    config: ArceeConfig
-    checkpoint: Checkpoint
-    names: Mapping[str, str]
-    model: Model
-    new: Sequence[str] = ()
-
-
-def open_model(folder: Path, model_class: type[Model] | None = None) -> OpenedModel:
-    """Checks that config.json and the tensors' names and shapes fit together; reads no tensor.
-
-    Raises:
-        ConfigError, CheckpointError, InputError: see `load_model`.
-    """
-    return _check(lay_out_model(read_config(folder), open_checkpoint(folder), model_class))
-
-
-def lay_out_model(config: ArceeConfig, checkpoint: Checkpoint, model_class: type[Model] | None = None) -> OpenedModel:
-    """Makes the model that a config describes, quantized where the file is, without a look at missing or odd tensors.
-
-    Raises:
-        ConfigError, InputError: see `load_model`.
-        CheckpointError: config.json has sizes that no model in these files can have.
-    """
-    chosen = choose_class(config, model_class)
-    _refuse_sizes(config, checkpoint)
-    entries = checkpoint.entries
-    names = map_names(entries, chosen)
-    tied = None
-    if chosen is ArceeForCausalLM:
-        tied = tie_names(names, config, lambda a, b: same_content(entries[a], entries[b]))
-    with upstream.keep_random_state():
-        model = ArceeForCausalLM(config, tied=tied) if chosen is ArceeForCausalLM else chosen(config)
-        _quantize_layers(model, names, config)
-    return OpenedModel(config, checkpoint, names, model, _find_new(model, names))
-
-
-def _find_new(model: Model, names: dict[str, str]) -> list[str]:
-    """Keys of a classifier's head that a checkpoint of another class does not have; what it has too many leaves `names`."""
-    head = layout_of(type(model)).head
-    if head not in TASK_HEADS or named_class(model.config) == type(model).__name__:
-        return []
-    expected: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
-    own = {key for key in expected if key.split(".")[0] == head}
-    for key in {key for key in names if key.split(".")[0] == head} - own:
-        del names[key]
-    return sorted(own - names.keys())
-
-
 def _check_has_labels(chosen: type[Model]) -> None:
     if layout_of(chosen).head != "score":
         raise InputError(
             f"num_labels, id2label or problem_type for {chosen.__name__}; expected ArceeForSequenceClassification or "
             f"ArceeForTokenClassification; pass it as model_class"
         )
-
-
-def _refuse_sizes(config: ArceeConfig, checkpoint: Checkpoint) -> None:
-    """Stops at sizes out of all proportion to the files: to lay such a model out would take memory or time without end."""
-    most_weights = 4 * sum(entry.nbytes for entry in checkpoint.entries.values())  # at two bits each
-    widest, tallest = (min(max(n, 2**20), 2**31 - 1) for n in (most_weights, most_weights // config.hidden_size))
-    for name, got, most in (
-        ("num_hidden_layers", config.num_hidden_layers, max(len(checkpoint.entries), 1000)),
-        ("hidden_size", config.hidden_size, widest),
-        ("vocab_size", config.vocab_size, tallest),
-        ("intermediate_size", config.intermediate_size, tallest),
-        ("num_attention_heads times head_dim", config.num_attention_heads * config.head_size, tallest),
-    ):
-        if got > most:
-            raise CheckpointError(
-                f"{config.source}: {name} is {got}; expected at most {most}, by the size of the weights in "
-                f"{checkpoint.folder}; check that config and weights belong together"
-            )
-
-
-@dataclass(frozen=True)
-class Misfits:
-    """Where a checkpoint's tensors are not those of the model that its config describes.
-
-    Attributes:
-        missing: the model's key -> the shape it needs, sorted.
-        unexpected: tensors that the model has no place for, sorted.
-        wrong: the file's key -> what is wrong with its shape or dtype, in words.
-    """
-
-    missing: Mapping[str, tuple[int, ...]]
-    unexpected: Sequence[TensorEntry]
-    wrong: Mapping[str, str]
-
-
-def find_misfits(opened: OpenedModel) -> Misfits:
-    """Compares names, shapes and kinds of a checkpoint's tensors with its model's; reads no tensor."""
-    names, entries = opened.names, opened.checkpoint.entries
-    expected: dict[str, mx.array] = dict(tree_flatten(opened.model.parameters()))
-    wrong = {}
-    for key, array in expected.items():
-        if key in names and (problem := _find_problem(entries[names[key]], array)):
-            wrong[names[key]] = problem
-    return Misfits(
-        missing={key: tuple(expected[key].shape) for key in sorted(expected.keys() - names.keys() - set(opened.new))},
-        unexpected=[entries[names[key]] for key in sorted(names.keys() - expected.keys())],
-        wrong=wrong,
-    )
 
 
 def save_checkpoint(
@@ -289,73 +176,6 @@ def save_checkpoint(
         write_json(folder / "config.json", values)
         if tokenizer is not None:
             tokenizer.save(folder)
-
-
-def _quantize_layers(model: Model, names: Mapping[str, str], config: ArceeConfig) -> None:
-    """Turns the layers that the file has quantized into quantized ones, by the file's keys and config's table."""
-    quantized = {key.removesuffix(".scales") for key in names if key.endswith(".scales")}
-    table = config.quantization or {}
-
-    def parameters(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        if path not in quantized:
-            return False
-        try:
-            chosen = read_quantization(table, path)
-        except InputError as error:
-            raise ConfigError(f"{config.source}: {error}; the file and its config do not belong together") from None
-        width = module["weight" if "weight" in module else "weight_by_neuron"].shape[-1]
-        if width % chosen.group_size:
-            raise ConfigError(
-                f"{config.source}: quantization group_size {chosen.group_size} does not divide the rows of {width} weights "
-                f"of {path!r}"
-            )
-        return asdict(chosen)
-
-    if quantized:
-        nn.quantize(model, class_predicate=parameters)
-
-
-def _check(opened: OpenedModel) -> OpenedModel:
-    """Raises CheckpointError for the first misfit."""
-    checkpoint, misfits = opened.checkpoint, find_misfits(opened)
-    if missing := list(misfits.missing):
-        advice, named = "download it again", named_class(opened.config)
-        if missing[0].split(".")[0] == layout_of(type(opened.model)).head:
-            advice = "the head cannot be made up; the file is incomplete"
-            if named in CLASSES and CLASSES[named] is not type(opened.model):
-                advice = f"the head cannot be made up; this is a checkpoint of {named}"
-        if others := misfits.unexpected:
-            advice = (
-                f"it holds {others[0].name!r}{_and_more(others)} instead: check that config and weights belong together"
-            )
-        place = checkpoint.files[0] if len(checkpoint.files) == 1 else checkpoint.folder / INDEX_FILE
-        raise CheckpointError(
-            f"{place}: has no tensor {missing[0]!r}{_and_more(missing)}; expected shape "
-            f"{misfits.missing[missing[0]]}; {advice}"
-        )
-    if unexpected := misfits.unexpected:
-        raise CheckpointError(
-            f"{unexpected[0].file}: holds {unexpected[0].name!r}{_and_more(unexpected)}, which this model does not have; "
-            f"expected only what config.json describes; check that config and weights belong together"
-        )
-    for name, problem in misfits.wrong.items():
-        raise CheckpointError(f"{checkpoint.entries[name].file}: {name!r} {problem}")
-    return opened
-
-
-def _find_problem(entry: TensorEntry, expected: mx.array) -> str:
-    packed = expected.dtype in (mx.uint32, mx.uint8)
-    if entry.shape != tuple(expected.shape):
-        return (
-            f"has shape {entry.shape}; expected {tuple(expected.shape)}; check that config and weights belong together"
-        )
-    if packed != (entry.dtype not in FLOATS):
-        return f"has dtype {entry.dtype}; expected {'packed integers' if packed else 'floats'}"
-    return ""
-
-
-def _and_more(names: Sequence[object]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
 def _compute_dtype(asked: mx.Dtype | str | None, config: ArceeConfig, checkpoint: Checkpoint) -> mx.Dtype:

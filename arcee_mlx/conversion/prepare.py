@@ -12,8 +12,8 @@ from typing import Any
 from ..checkpoint.files import TensorEntry, check_target
 from ..checkpoint.hub import resolve_folder
 from ..checkpoint.links import check_links, find_files
-from ..checkpoint.loading import OpenedModel, open_model
 from ..checkpoint.names import TASK_HEADS
+from ..checkpoint.opening import OpenedModel, open_model
 from ..errors import ConversionError, InputError
 from ..model.config import ArceeConfig, layout_entry, read_json
 from ..model.decoder import ArceeForCausalLM

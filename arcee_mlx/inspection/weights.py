@@ -16,8 +16,8 @@ from ..checkpoint.files import (
     read_table,
 )
 from ..checkpoint.hub import Listing
-from ..checkpoint.loading import OpenedModel, find_misfits, lay_out_model
 from ..checkpoint.names import choose_class, layout_of, strip_prefix
+from ..checkpoint.opening import OpenedModel, find_misfits, lay_out_model
 from ..checkpoint.quantization import MODES, find_entry
 from ..checkpoint.shards import INDEX_FILE, WEIGHTS_FILE, explain_no_weights, find_disagreements, read_weight_map
 from ..errors import CheckpointError

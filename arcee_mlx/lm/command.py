@@ -13,8 +13,8 @@ from typing import Any
 
 from .. import upstream
 from ..checkpoint.hub import resolve_folder
-from ..checkpoint.loading import open_model
 from ..checkpoint.names import check_generates
+from ..checkpoint.opening import open_model
 from ..errors import InputError
 from ..model.config import read_config
 from ..program import run_reporting

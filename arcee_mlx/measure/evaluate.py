@@ -15,8 +15,8 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint.loading import OpenedModel
 from ..checkpoint.names import strip_prefix
+from ..checkpoint.opening import OpenedModel
 from ..errors import InputError
 from ..model.decoder import DecoderLayer
 from ..model.inputs import check_ids

@@ -166,6 +166,8 @@ class ArceeConfig:
             self._refuse("pad_token_id", self.pad_token_id, f"an id below vocab_size {self.vocab_size}")
         if self.problem_type == "single_label_classification" and self.num_labels == 1:
             self._refuse("problem_type", self.problem_type, "regression, or at least 2 labels in id2label")
+        if self.id2label is not None and self.label2id is None:
+            put("label2id", {name: i for i, name in self.id2label.items()})
         put("rope_parameters", self._complete_rope(dict(self.rope_parameters or {})))
 
     @property
@@ -224,8 +226,6 @@ class ArceeConfig:
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of config.json in transformers 5's form; `ArceeConfig.from_dict` reads it back unchanged."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "source"}
-        if self.id2label is not None and self.label2id is None:
-            values["label2id"] = {name: i for i, name in self.id2label.items()}
         for key in _LEFT_OUT_BY_DEFAULT:
             if values[key] == getattr(ArceeConfig, key):
                 del values[key]

@@ -19,13 +19,15 @@ from arcee_mlx import (
     ArceeForTokenClassification,
     ArceeModel,
     Engine,
+    generate,
     load,
     load_model,
     save_checkpoint,
 )
+from arcee_mlx.checkpoint.tokenizer import read_tokenizer
 from arcee_mlx.errors import CheckpointError, ConfigError, InputError
 
-from conftest import tiny_config
+from conftest import tiny_config, write_tokenizer
 
 SEQUENCE, TOKEN, QA = ArceeForSequenceClassification, ArceeForTokenClassification, ArceeForQuestionAnswering
 HEADS = [SEQUENCE, TOKEN, QA]
@@ -122,6 +124,19 @@ def test_labels_given_make_the_head_and_its_names(tmp_path: Path) -> None:
     assert named.score.weight.shape == (2, 64) and named.config.label2id == {"O": 0, "NAME": 1}
 
 
+def test_a_pad_token_may_be_given(tmp_path: Path) -> None:
+    folder = write(tmp_path / "x", make(SEQUENCE))
+    rows = mx.array([[5, 17, 4, 4], [7, 8, 9, 10]])
+    with pytest.raises(InputError, match="2 rows, and no pad_token_id"):
+        load_model(folder).forward(rows)
+    model = load_model(folder, pad_token_id=4)
+    assert mx.allclose(model.forward(rows).logits[0], model.forward(rows[:1, :2]).logits[0], atol=1e-5)
+    save_checkpoint(model, tmp_path / "y")
+    assert load_model(tmp_path / "y").config.pad_token_id == 4
+    with pytest.raises(ConfigError, match="pad_token_id is 400"):
+        load_model(folder, pad_token_id=400)
+
+
 def test_another_number_of_labels_than_the_head_has_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path / "x", make(SEQUENCE))
     with pytest.raises(CheckpointError, match=r"'score.weight' has shape \(3, 64\); expected \(4, 64\)"):
@@ -182,6 +197,9 @@ def test_no_text_comes_from_a_classifier(tmp_path: Path, cls: Any) -> None:
     for call in (load, Engine.load):
         with pytest.raises(ConfigError, match=f"architectures names '{cls.__name__}', which generates no text"):
             call(folder)
+    write_tokenizer(folder)
+    with pytest.raises(InputError, match=f"{cls.__name__} generates no text"):
+        generate(load_model(folder), read_tokenizer(folder), "Hello")
 
 
 @pytest.mark.parametrize("cls", HEADS)
