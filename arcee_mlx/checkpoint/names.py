@@ -110,15 +110,23 @@ def strip_prefix(name: str) -> str:
     return name.removeprefix(find_prefix([name]))
 
 
-def map_names(names: Iterable[str], chosen: type[Model]) -> dict[str, str]:
-    """The model's key -> the file's: prefixes mapped, stale tensors and other classes' heads left out by name."""
+def map_names(names: Iterable[str], chosen: type[Model], named: str | None = None) -> dict[str, str]:
+    """The model's key -> the file's: prefixes mapped, stale tensors left out by name, and the head of another class.
+
+    Args:
+        names: of the file's tensors.
+        chosen: the class to load it as.
+        named: the class that config.json names, None for a causal model: a checkpoint has no head but its own class's,
+            and what it has besides stays, to be refused.
+    """
     prefix, head = layout_of(chosen)
-    left_out = {_HEAD, *TASK_HEADS} - {head}
+    heads = {_HEAD, *TASK_HEADS}
+    left_out = heads - {head} if chosen is ArceeModel or chosen.__name__ != (named or "ArceeForCausalLM") else set()
     kept = [n for n in names if not n.endswith("rotary_emb.inv_freq") and n.split(".")[0] not in left_out]
     given = find_prefix(kept)
 
     def rename(name: str) -> str:
-        if not name.startswith(given) or name.split(".")[0] == head:
+        if not name.startswith(given) or name.split(".")[0] in heads:
             return name
         return prefix + name.removeprefix(given)
 

@@ -81,7 +81,7 @@ def lay_out_model(config: ArceeConfig, checkpoint: Checkpoint, model_class: type
     chosen = choose_class(config, model_class)
     _refuse_sizes(config, checkpoint)
     entries = checkpoint.entries
-    names = map_names(entries, chosen)
+    names = map_names(entries, chosen, named_class(config))
     tied = None
     if chosen is ArceeForCausalLM:
         tied = tie_names(names, config, lambda a, b: same_content(entries[a], entries[b]))

@@ -209,6 +209,16 @@ def test_a_classifier_asked_for_as_a_causal_model_lacks_its_head(tmp_path: Path,
         load_model(folder, ArceeForCausalLM)
 
 
+@pytest.mark.parametrize("cls", [ArceeForCausalLM, *HEADS])
+def test_a_second_head_in_the_file_is_unexpected(tmp_path: Path, cls: Any) -> None:
+    folder = write(tmp_path / "x", make(cls))
+    path, other = str(folder / "model.safetensors"), "lm_head.weight" if cls is not ArceeForCausalLM else "score.weight"
+    mx.save_safetensors(path, {**{k: mx.array(v) for k, v in flat(make(cls)).items()}, other: mx.zeros((3, 64))})
+    with pytest.raises(CheckpointError, match=f"holds '{other}'"):
+        load_model(folder)
+    assert same(load_model(folder, ArceeModel), make(cls).base_model if cls in HEADS else make(cls).model)
+
+
 def test_a_bias_that_the_head_does_not_have_is_unexpected(tmp_path: Path) -> None:
     folder = write(tmp_path / "x", make(TOKEN))
     change_config(folder, architectures=["ArceeForSequenceClassification"])
