@@ -10,8 +10,9 @@ import atexit
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 
@@ -24,11 +25,13 @@ from ..generate.request import Prompt, read_request
 from ..generate.request import Request as CheckedRequest
 from ..generate.sampling import LogitsProcessor
 from ..model.config import ArceeConfig
-from ..thread_end import wait_for_ended_threads
 from .answer_stream import AnswerStream, AsyncAnswerStream
-from .owner import Owner, OwnerSettings, closed_error
-from .request import Request, check_deadline
+from .owner import Owner, OwnerSettings
+from .request import OnEnd, Request, check_buffer, check_deadline, closed_error
 from .scheduler import EngineStats, Scheduler
+from .session import Session
+from .session_file import load_session
+from .transcript import Message, Overflow, begin
 
 _owners: weakref.WeakSet[Owner] = weakref.WeakSet()
 
@@ -40,7 +43,6 @@ def _stop_owners() -> None:
         owner.stop()
     for owner in list(_owners):
         owner.join()
-    wait_for_ended_threads()
 
 
 class Engine:
@@ -160,8 +162,7 @@ class Engine:
             QueueFullError: max_queue requests wait already.
             EngineClosedError: the engine is closed.
         """
-        checked = self._check(prompt, options, deadline_s)
-        return self._submit([checked], logits_processors, deadline_s, wait, None)[0]
+        return self._submit_one(prompt, options, logits_processors, deadline_s, wait, None)
 
     def generate(
         self,
@@ -192,6 +193,8 @@ class Engine:
         """
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise InputError(f"n is {n!r}; expected an integer of at least 1")
+        if n > self._most_requests:
+            raise InputError(f"n is {n}; expected at most {self._most_requests}, max_batch_size and max_queue together")
         first = self._check(prompt, options, deadline_s)
         if n > 1 and first.options.temp == 0:
             raise InputError(f"n is {n} without a temperature: all answers would be the same; give temp over 0")
@@ -217,9 +220,8 @@ class Engine:
 
         See `submit` for the rest.
         """
-        _check_buffer(buffer_chunks)
-        checked = self._check(prompt, options, deadline_s)
-        return AnswerStream(self._submit([checked], logits_processors, deadline_s, wait, buffer_chunks)[0])
+        check_buffer(buffer_chunks)
+        return AnswerStream(self._submit_one(prompt, options, logits_processors, deadline_s, wait, buffer_chunks))
 
     def astream(
         self,
@@ -235,13 +237,47 @@ class Engine:
 
         What `submit` raises is raised when the first chunk is asked for.
         """
-        _check_buffer(buffer_chunks)
+        check_buffer(buffer_chunks)
+        self._check_open()
+        given = (prompt, options, logits_processors, deadline_s, wait, buffer_chunks)
+        return AsyncAnswerStream(lambda: self._submit_one(*given))
 
-        def submit() -> Request:
-            checked = self._check(prompt, options, deadline_s)
-            return self._submit([checked], logits_processors, deadline_s, wait, buffer_chunks)[0]
+    def session(
+        self,
+        system_prompt: str | None = None,
+        *,
+        messages: Sequence[Message | Mapping[str, Any]] = (),
+        options: GenerateOptions | None = None,
+        overflow: Overflow = "refuse",
+    ) -> Session:
+        """Begins a conversation: messages in turns, of which only the new ones are computed.
 
-        return AsyncAnswerStream(submit)
+        Args:
+            system_prompt: what stands before all turns.
+            messages: of a conversation so far, the user's and the assistant's in turns; a system message may be the first.
+            options: for answers that are given none of their own.
+            overflow: where a prompt no longer fits the context: "refuse" raises ContextOverflowError, "drop_oldest_turns"
+                leaves the oldest turns out of what the model sees.
+
+        Raises:
+            TokenizerError: the checkpoint has no chat template.
+            InputError: messages or overflow are not as described.
+            EngineClosedError: the engine is closed.
+        """
+        self._check_open()
+        return Session(self._owner, self._submit_one, begin(system_prompt, messages, options, overflow))
+
+    def load_session(self, path: str | os.PathLike[str]) -> Session:
+        """Goes on with a session of `Session.save`, from this process or another, as if it had never ended.
+
+        Raises:
+            InputError: there is no such file, it is damaged or none of a session's, or it was made with other weights
+                (adapters included), another tokenizer or another version of its format.
+            TokenizerError: the checkpoint has no chat template.
+            EngineClosedError: the engine is closed.
+        """
+        self._check_open()
+        return Session(self._owner, self._submit_one, load_session(path, self._owner))
 
     def stats(self) -> EngineStats:
         """What it did and holds."""
@@ -272,6 +308,19 @@ class Engine:
         budget.check_alone(budget.measure(self.config, checked), len(checked.ids))
         return checked
 
+    def _submit_one(
+        self,
+        prompt: Prompt,
+        options: GenerateOptions | None,
+        logits_processors: Sequence[LogitsProcessor],
+        deadline_s: float | None,
+        wait: bool,
+        buffer_chunks: int | None,
+        on_end: OnEnd | None = None,
+    ) -> Request:
+        checked = self._check(prompt, options, deadline_s)
+        return self._submit([checked], logits_processors, deadline_s, wait, buffer_chunks, on_end)[0]
+
     def _submit(
         self,
         each: Sequence[CheckedRequest],
@@ -279,6 +328,7 @@ class Engine:
         deadline_s: float | None,
         wait: bool,
         buffer_chunks: int | None,
+        on_end: OnEnd | None = None,
     ) -> list[Request]:
         requests = [
             Request(
@@ -288,19 +338,19 @@ class Engine:
                 deadline_s=deadline_s,
                 buffer_chunks=buffer_chunks,
                 may_wait=wait,
+                on_end=on_end,
             )
             for checked in each
         ]
         with self._admission:
-            self._check_open()
-            open_now = sum(request.state not in ("done", "failed") for request in self._open_requests)
-            if open_now + len(requests) > self._most_requests:
+            open_now = [request for request in self._open_requests if not request.has_ended]
+            if len(open_now) + len(requests) > self._most_requests:
                 raise QueueFullError(
-                    f"{open_now} requests are open; expected at most {self._most_requests}, max_batch_size and max_queue "
-                    f"together, with the new ones; try again when one has ended"
+                    f"{len(open_now)} requests are open; expected at most {self._most_requests}, max_batch_size and "
+                    f"max_queue together, with the new ones; try again when some have ended"
                 )
-            self._open_requests.update(requests)
             self._owner.submit(requests)
+            self._open_requests = weakref.WeakSet([*open_now, *requests])
         return requests
 
     def _scheduler(self) -> Scheduler:
@@ -322,8 +372,3 @@ def _wait_for(requests: Sequence[Request]) -> list[Answer]:
         for request in requests:
             request.cancel()
         raise
-
-
-def _check_buffer(buffer_chunks: int) -> None:
-    if type(buffer_chunks) is not int or buffer_chunks < 1:
-        raise InputError(f"buffer_chunks is {buffer_chunks!r}; expected an integer of at least 1")
