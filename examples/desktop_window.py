@@ -2,122 +2,112 @@
 
     python examples/desktop_window.py [--model FOLDER_OR_ID] [--system-prompt TEXT] [--max-tokens 256]
 
-Return sends, Escape stops the answer, closing the window closes the engine. The window never waits: what takes long,
-loading and answering, happens on threads of its own, which hand the main thread, the only one to touch tkinter, what to do.
+Return sends, Escape stops the answer, closing the window closes the engine. The window never waits: the model is loaded
+on another thread, answers are made on the engine's own, and tkinter's main loop looks now and then for what is new.
 """
 
 from __future__ import annotations
 
 import argparse
-import queue
 import sys
-import threading
 import tkinter as tk
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from tkinter import font, ttk
 
 import mlx.core as mx
 
-from arcee_mlx import DEMO_MODEL, AnswerStream, ArceeError, Engine, GenerateOptions, GenerationChunk, Session
+from arcee_mlx import DEMO_MODEL, AnswerStream, ArceeError, Engine, GenerateOptions, GenerationStats, Session
 
-EVERY_MS, MEMORY_EVERY_MS = 20, 250
-PAPER, INK, FAINT, FRAME, EDGE, YOU, MODEL = "#ffffff", "#1f2328", "#656d76", "#f6f8fa", "#d0d7de", "#0969da", "#8250df"
+LOOK_EVERY_MS, MEMORY_EVERY_MS = 20, 250
+PAPER, INK, FRAME, EDGE, FAINT = "#ffffff", "#1f2328", "#f6f8fa", "#d0d7de", "#656d76"
+YOU, MODEL, WRONG = "#0969da", "#8250df", "#cf222e"
 
 
 class ChatWindow:
     """The window, and what stands behind it once the model is loaded."""
 
     def __init__(self, model: str, system_prompt: str | None, options: GenerateOptions) -> None:
-        self.options = options
-        self.engine: Engine | None = None
+        self.system_prompt, self.options = system_prompt, options
         self.session: Session | None = None
         self.stream: AnswerStream | None = None
-        self._to_do: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.loading = ThreadPoolExecutor(1).submit(Engine.load, model)
         self.root = tk.Tk()
         self.status, self.memory = tk.StringVar(value="Loading the model ..."), tk.StringVar()
         self._lay_out()
-        self._do_what_is_to_do()
+        self._look_for_engine()
         self._show_memory()
-        self._start(self._load, model, system_prompt)
 
     def run(self) -> None:
         """Returns when the window has been closed, and the engine with it."""
         self.root.mainloop()
-        if self.engine is not None:
-            self.engine.close()
+        if not self.loading.exception():
+            self.loading.result().close()
 
     def send(self) -> None:
         """Sends what is typed, unless the model is loading or answering."""
         text = self.entry.get().strip()
-        if text and self.session is not None and self.send_button.instate(["!disabled"]):
-            self.entry.delete(0, "end")
-            self.send_button.state(["disabled"])
-            self._write("You\n", "you")
-            self._write(f"{text}\n")
-            self._write("Model\n", "model")
-            self._start(self._answer, self.session, text)
+        if not text or self.session is None or self.stream is not None:
+            return
+        try:
+            self.stream = self.session.send(text, self.options)
+        except ArceeError as error:  # what is typed stays, to be made shorter
+            self._write(f"{error}\n", "error")
+            return
+        self.entry.delete(0, "end")
+        self._write("You\n", "you")
+        self._write(f"{text}\n")
+        self._write("Model\n", "model")
+        self.status.set("Reading ...")
+        self._set_buttons()
+        self._look_for_text()
 
     def stop(self) -> None:
         """Ends the answer before its next token; what is there stays."""
         if self.stream is not None:
             self.stream.close()
 
-    # On threads of their own.
-
-    def _start(self, work: Callable[..., None], *arguments: object) -> None:
-        threading.Thread(target=work, args=arguments, daemon=True).start()
-
-    def _load(self, model: str, system_prompt: str | None) -> None:
+    def _look_for_engine(self) -> None:
+        if not self.loading.done():
+            self.root.after(LOOK_EVERY_MS, self._look_for_engine)
+            return
         try:
-            engine = Engine.load(model)
-            self._to_do.put(partial(self._use, engine, engine.session(system_prompt)))
+            self.session = self.loading.result().session(self.system_prompt)
+            self.status.set("Ready")
         except ArceeError as error:
-            self._to_do.put(partial(self.status.set, f"Not loaded: {error}"))
+            self.status.set("No model")
+            self._write(f"{error}\n", "error")
+        self._set_buttons()
 
-    def _answer(self, session: Session, text: str) -> None:
+    def _look_for_text(self) -> None:
+        assert self.stream is not None
+        request = self.stream.request
         try:
-            with session.send(text, self.options) as stream:
-                self._to_do.put(partial(self._begin, stream))
-                for chunk in stream:
-                    self._to_do.put(partial(self._show, chunk))
-            self._to_do.put(partial(self._end, stream.request.result().stop_reason))
+            while (chunk := request.next_chunk_now()) not in (None, "not yet"):
+                self._write(chunk.text)
+                self._show_stats(chunk.stats)
+            if chunk == "not yet":
+                self.root.after(LOOK_EVERY_MS, self._look_for_text)
+                return
+            self._write("\n")
+            self._show_stats(request.result().stats, f", ended by {request.result().stop_reason}")
         except ArceeError as error:
-            self._to_do.put(partial(self._end, str(error)))
-
-    # On the main thread.
-
-    def _do_what_is_to_do(self) -> None:
-        while not self._to_do.empty():
-            self._to_do.get()()
-        self.root.after(EVERY_MS, self._do_what_is_to_do)
-
-    def _use(self, engine: Engine, session: Session) -> None:
-        self.engine, self.session = engine, session
-        self.send_button.state(["!disabled"])
-        self.status.set("Ready")
-
-    def _begin(self, stream: AnswerStream) -> None:
-        self.stream = stream
-        self.stop_button.state(["!disabled"])
-        self.status.set("Reading ...")
-
-    def _show(self, chunk: GenerationChunk) -> None:
-        self._write(chunk.text)
-        stats = chunk.stats
-        self.status.set(f"{stats.generation_tokens} tokens, {stats.generation_tokens_per_s:.0f} a second")
-
-    def _end(self, reason: str) -> None:
+            self._write(f"\n{error}\n", "error")
         self.stream = None
-        self.stop_button.state(["disabled"])
-        self.send_button.state(["!disabled"])
-        self._write("\n")
-        self.status.set(f"{self.status.get()}: {reason}")
+        self._set_buttons()
+
+    def _show_stats(self, stats: GenerationStats, more: str = "") -> None:
+        self.status.set(f"{stats.generation_tokens} tokens, {stats.generation_tokens_per_s:.0f} a second{more}")
+
+    def _set_buttons(self) -> None:
+        answering = self.stream is not None
+        self.send_button.state(["disabled" if answering or self.session is None else "!disabled"])
+        self.stop_button.state(["!disabled" if answering else "disabled"])
 
     def _show_memory(self) -> None:
         text = f"Memory: {mx.get_active_memory() / 1e6:,.0f} MB in use"
-        if self.engine is not None:
-            stats = self.engine.stats()
+        if self.session is not None:
+            stats = self.loading.result().stats()
             text += f", at most {stats.predicted_bytes / 1e6:,.0f} of {stats.budget_bytes / 1e6:,.0f} MB"
         self.memory.set(text)
         self.root.after(MEMORY_EVERY_MS, self._show_memory)
@@ -138,7 +128,9 @@ class ChatWindow:
         style = ttk.Style()
         if self.root.tk.call("tk", "windowingsystem") == "x11":  # its default looks its age
             style.theme_use("clam")
-            style.configure(".", background=FRAME, bordercolor=EDGE, lightcolor=FRAME, darkcolor=FRAME, arrowcolor=FAINT)
+            style.configure(
+                ".", background=FRAME, bordercolor=EDGE, lightcolor=FRAME, darkcolor=FRAME, arrowcolor=FAINT
+            )
             style.map("TButton", background=[("disabled", FRAME), ("active", EDGE)])
             style.configure("TScrollbar", troughcolor=PAPER, background=EDGE, gripcount=0)
         style.configure("Faint.TLabel", foreground=FAINT)
@@ -151,7 +143,10 @@ class ChatWindow:
         bar = ttk.Scrollbar(self.root, command=self.page.yview)
         self.page.configure(yscrollcommand=bar.set)
         for tag, colour in (("you", YOU), ("model", MODEL)):
-            self.page.tag_configure(tag, foreground=colour, font=("TkDefaultFont", size, "bold"), spacing1=12, spacing3=3)
+            self.page.tag_configure(
+                tag, foreground=colour, font=("TkDefaultFont", size, "bold"), spacing1=12, spacing3=3
+            )
+        self.page.tag_configure("error", foreground=WRONG)
         self.page.tag_configure("text", spacing2=3, spacing3=3)
 
         typing = ttk.Frame(self.root, padding=(12, 10, 12, 4))
