@@ -4,12 +4,13 @@ from .checkpoint.adapters import fuse_adapter, save_peft_adapter, set_adapter
 from .checkpoint.function_schema import get_json_schema
 from .checkpoint.loading import DEMO_MODEL, load, load_model, save_checkpoint
 from .checkpoint.tokenizer import Tokenizer
-from .engine import AnswerStream, AsyncAnswerStream, Engine, EngineStats, Request
+from .engine import AnswerStream, AsyncAnswerStream, Engine, EngineStats, Message, Request, Session
 from .errors import (
     ArceeError,
     CallbackError,
     CheckpointError,
     ConfigError,
+    ContextOverflowError,
     ConversionError,
     DeviceError,
     EngineClosedError,
@@ -57,6 +58,7 @@ __all__ = [
     "CausalLMOutput",
     "CheckpointError",
     "ConfigError",
+    "ContextOverflowError",
     "ConversionError",
     "DeviceError",
     "Engine",
@@ -69,9 +71,11 @@ __all__ = [
     "InputError",
     "Inspection",
     "MemoryBudgetError",
+    "Message",
     "PromptCache",
     "QueueFullError",
     "Request",
+    "Session",
     "TokenLogprob",
     "Tokenizer",
     "TokenizerError",

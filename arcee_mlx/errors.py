@@ -25,6 +25,10 @@ class InputError(ArceeError, ValueError):
     """An argument of the caller's that is out of range or does not fit the model."""
 
 
+class ContextOverflowError(InputError):
+    """A session's next prompt has more tokens than the model has positions; the message gives the numbers."""
+
+
 class ConversionError(ArceeError):
     """A conversion that cannot start or did not finish; the message says what was kept."""
 

@@ -4,5 +4,16 @@ from .answer_stream import AnswerStream, AsyncAnswerStream
 from .engine import Engine
 from .request import Request, RequestState
 from .scheduler import EngineStats
+from .session import Session
+from .transcript import Message
 
-__all__ = ["AnswerStream", "AsyncAnswerStream", "Engine", "EngineStats", "Request", "RequestState"]
+__all__ = [
+    "AnswerStream",
+    "AsyncAnswerStream",
+    "Engine",
+    "EngineStats",
+    "Message",
+    "Request",
+    "RequestState",
+    "Session",
+]

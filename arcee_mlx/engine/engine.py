@@ -10,8 +10,9 @@ import atexit
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 
@@ -27,8 +28,10 @@ from ..model.config import ArceeConfig
 from ..thread_end import wait_for_ended_threads
 from .answer_stream import AnswerStream, AsyncAnswerStream
 from .owner import Owner, OwnerSettings, closed_error
-from .request import Request, check_deadline
+from .request import OnEnd, Request, check_buffer, check_deadline
 from .scheduler import EngineStats, Scheduler
+from .session import Session
+from .transcript import Message, Overflow, begin
 
 _owners: weakref.WeakSet[Owner] = weakref.WeakSet()
 
@@ -160,8 +163,7 @@ class Engine:
             QueueFullError: max_queue requests wait already.
             EngineClosedError: the engine is closed.
         """
-        checked = self._check(prompt, options, deadline_s)
-        return self._submit([checked], logits_processors, deadline_s, wait, None)[0]
+        return self._submit_one(prompt, options, logits_processors, deadline_s, wait, None)
 
     def generate(
         self,
@@ -217,9 +219,8 @@ class Engine:
 
         See `submit` for the rest.
         """
-        _check_buffer(buffer_chunks)
-        checked = self._check(prompt, options, deadline_s)
-        return AnswerStream(self._submit([checked], logits_processors, deadline_s, wait, buffer_chunks)[0])
+        check_buffer(buffer_chunks)
+        return AnswerStream(self._submit_one(prompt, options, logits_processors, deadline_s, wait, buffer_chunks))
 
     def astream(
         self,
@@ -235,13 +236,34 @@ class Engine:
 
         What `submit` raises is raised when the first chunk is asked for.
         """
-        _check_buffer(buffer_chunks)
+        check_buffer(buffer_chunks)
+        given = (prompt, options, logits_processors, deadline_s, wait, buffer_chunks)
+        return AsyncAnswerStream(lambda: self._submit_one(*given))
 
-        def submit() -> Request:
-            checked = self._check(prompt, options, deadline_s)
-            return self._submit([checked], logits_processors, deadline_s, wait, buffer_chunks)[0]
+    def session(
+        self,
+        system_prompt: str | None = None,
+        *,
+        messages: Sequence[Message | Mapping[str, Any]] = (),
+        options: GenerateOptions | None = None,
+        overflow: Overflow = "refuse",
+    ) -> Session:
+        """Begins a conversation: messages in turns, of which only the new ones are computed.
 
-        return AsyncAnswerStream(submit)
+        Args:
+            system_prompt: what stands before all turns.
+            messages: a conversation so far, the user's and the assistant's in turns, with a system message first or none.
+            options: for answers that are given none of their own.
+            overflow: where a prompt no longer fits the context: "refuse" raises ContextOverflowError, "drop_oldest_turns"
+                leaves the oldest turns out of what the model sees.
+
+        Raises:
+            TokenizerError: the checkpoint has no chat template.
+            InputError: messages or overflow are not as described.
+            EngineClosedError: the engine is closed.
+        """
+        self._check_open()
+        return Session(self._owner, self._submit_one, begin(system_prompt, messages, options, overflow))
 
     def stats(self) -> EngineStats:
         """What it did and holds."""
@@ -270,6 +292,19 @@ class Engine:
         budget.check_alone(budget.measure(self.config, checked), len(checked.ids))
         return checked
 
+    def _submit_one(
+        self,
+        prompt: Prompt,
+        options: GenerateOptions | None,
+        logits_processors: Sequence[LogitsProcessor],
+        deadline_s: float | None,
+        wait: bool,
+        buffer_chunks: int | None,
+        on_end: OnEnd | None = None,
+    ) -> Request:
+        checked = self._check(prompt, options, deadline_s)
+        return self._submit([checked], logits_processors, deadline_s, wait, buffer_chunks, on_end)[0]
+
     def _submit(
         self,
         each: Sequence[CheckedRequest],
@@ -277,6 +312,7 @@ class Engine:
         deadline_s: float | None,
         wait: bool,
         buffer_chunks: int | None,
+        on_end: OnEnd | None = None,
     ) -> list[Request]:
         requests = [
             Request(
@@ -286,6 +322,7 @@ class Engine:
                 deadline_s=deadline_s,
                 buffer_chunks=buffer_chunks,
                 may_wait=wait,
+                on_end=on_end,
             )
             for checked in each
         ]
@@ -320,8 +357,3 @@ def _wait_for(requests: Sequence[Request]) -> list[Answer]:
         for request in requests:
             request.cancel()
         raise
-
-
-def _check_buffer(buffer_chunks: int) -> None:
-    if type(buffer_chunks) is not int or buffer_chunks < 1:
-        raise InputError(f"buffer_chunks is {buffer_chunks!r}; expected an integer of at least 1")

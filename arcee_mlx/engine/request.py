@@ -14,6 +14,7 @@ from ..generate.request import Request as CheckedRequest
 from ..generate.sampling import LogitsProcessor
 
 RequestState = Literal["queued", "prefilling", "generating", "done", "failed"]
+OnEnd = Callable[[Answer | None], object]
 
 
 class Request:
@@ -33,6 +34,7 @@ class Request:
         deadline_s: float | None = None,
         buffer_chunks: int | None = None,
         may_wait: bool = True,
+        on_end: OnEnd | None = None,
     ) -> None:
         """Args: for the engine, which makes them.
 
@@ -40,6 +42,8 @@ class Request:
         deadline_s: from now.
         buffer_chunks: chunks made ahead of the reader at most; None for no reader, so that there is no limit.
         may_wait: for memory.
+        on_end: called once on the owner thread, before anybody learns of the end, with the answer, or None where there
+            is none because the request failed; whether anybody reads it or not. It takes no lock of the caller's.
         """
         self.checked, self.logits_processors = checked, logits_processors
         self.buffer_chunks, self.may_wait = buffer_chunks, may_wait
@@ -47,7 +51,7 @@ class Request:
         self.started_s = time.perf_counter()
         self.deadline_s = None if deadline_s is None else time.monotonic() + deadline_s
         self.cancel_asked = False
-        self._wake = wake
+        self._wake, self._on_end = wake, on_end
         self._changed = threading.Condition()
         self._chunks: list[GenerationChunk] = []
         self._read = 0
@@ -145,25 +149,35 @@ class Request:
 
     def add(self, chunk: GenerationChunk) -> None:
         """Hands over the next chunk; one with a stop_reason is the last."""
+        answer = None if chunk.stop_reason is None else join_chunks([*self._chunks, chunk])
+        if answer is not None:
+            self._settle(answer)
         with self._changed:
             self._chunks.append(chunk)
-            if chunk.stop_reason is not None:
-                self._answer, self._state = join_chunks(self._chunks), "done"
+            if answer is not None:
+                self._answer, self._state = answer, "done"
             self._tell()
 
     def end(self, reason: StopReason) -> None:
         """Ends it early with what was made."""
+        made = self._chunks
+        answer = join_chunks(made, reason) if made else Answer("", (), reason, self._no_stats())
+        self._settle(answer)
         with self._changed:
-            made = self._chunks
-            self._answer = join_chunks(made, reason) if made else Answer("", (), reason, self._no_stats())
-            self._state = "done"
+            self._answer, self._state = answer, "done"
             self._tell()
 
     def fail(self, error: BaseException) -> None:
         """Ends it with an error."""
+        self._settle(None)
         with self._changed:
             self._error, self._state = error, "failed"
             self._tell()
+
+    def _settle(self, answer: Answer | None) -> None:
+        on_end, self._on_end = self._on_end, None  # once, and holding nothing of the caller's from then on
+        if on_end is not None:
+            on_end(answer)
 
     def _tell(self) -> None:
         self._changed.notify_all()
@@ -191,3 +205,9 @@ def check_deadline(deadline_s: float | None) -> None:
         return
     if isinstance(deadline_s, bool) or not isinstance(deadline_s, int | float) or not 0 < deadline_s < 1e9:
         raise InputError(f"deadline_s is {deadline_s!r}; expected seconds over 0, or None")
+
+
+def check_buffer(buffer_chunks: int) -> None:
+    """Raises InputError unless it is a number of chunks."""
+    if type(buffer_chunks) is not int or buffer_chunks < 1:
+        raise InputError(f"buffer_chunks is {buffer_chunks!r}; expected an integer of at least 1")

@@ -110,24 +110,35 @@ def encode_prompt(
     return items
 
 
+def render_messages(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], options: GenerateOptions, *, is_open: bool = False
+) -> str:
+    """The text of a prompt of messages, as the chat template writes it with the options that belong to it.
+
+    Args:
+        is_open: ends inside the last message, for others to go on with it; else where the answer begins.
+
+    Raises:
+        TokenizerError: messages cannot be rendered.
+    """
+    begun = options.prefill_response is not None
+    answer = [{"role": "assistant", "content": options.prefill_response}] if begun else []
+    return tokenizer.apply_chat_template(
+        [*messages, *answer],
+        add_generation_prompt=not (begun or is_open),
+        continue_final_message=begun or is_open,
+        template_variables=options.chat_template_config,
+    )
+
+
 def _encode_messages(
     tokenizer: Tokenizer, messages: list[Mapping[str, Any]], options: GenerateOptions, *, goes_on: bool, is_open: bool
 ) -> list[int]:
-    begun = options.prefill_response is not None
-    answer = [{"role": "assistant", "content": options.prefill_response}] if begun else []
-
-    def render(messages: list[Mapping[str, Any]]) -> str:
-        return tokenizer.apply_chat_template(
-            [*messages, *answer],
-            add_generation_prompt=not (begun or is_open),
-            continue_final_message=begun or is_open,
-            template_variables=options.chat_template_config,
-        )
-
-    text = render(messages)
+    text = render_messages(tokenizer, messages, options, is_open=is_open)
     if goes_on:
         mark = secrets.token_hex(16)  # letters and digits, which a template leaves alone and no text holds
-        place = render([*messages[:-1], {**messages[-1], "content": mark}]).find(mark)
+        marked = [*messages[:-1], {**messages[-1], "content": mark}]
+        place = render_messages(tokenizer, marked, options, is_open=is_open).find(mark)
         if place < 0:
             raise InputError("the chat template leaves out the last message; expected it to write its content")
         text = text[place:]
