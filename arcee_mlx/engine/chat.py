@@ -58,14 +58,16 @@ class Chat:
             ArceeError: it could not be done; the conversation is as it was.
         """
         if not line.startswith("/"):
-            if line.strip():
+            if text := line.strip():
                 self._tries = 0
-                self._answer(lambda: self.session.send(line, self._options))
+                self._answer(lambda: self.session.send(text, self._options))
             return True
         name, _, given = line.partition(" ")
         name, given = ALIASES.get(name, name), given.strip()
         if name not in COMMANDS:
-            raise InputError(f"{name} is no command; expected one of {', '.join(COMMANDS)}; a space before it sends it")
+            raise InputError(
+                f"{name!r} is no command; expected one of {', '.join(COMMANDS)}; a space before it sends it"
+            )
         wanted = COMMANDS[name][0]
         if (given and not wanted) or (wanted == "FILE" and not given):
             raise InputError(f"{name} is given {given!r}; expected {wanted or 'nothing'} after it")
@@ -112,7 +114,14 @@ class Chat:
         self.session.roll_back()
         _tell(f"({len(self.session.messages)} messages are left)")
 
-    def _system(self, text: str) -> None: ...
+    def _system(self, text: str) -> None:
+        before = self.session
+        said = [message for message in before.messages if message.role != "system"]
+        if text:
+            prompt = None if text == "-" else text
+            self.session = self._engine.session(prompt, messages=said, options=before.options, overflow=before.overflow)
+        told = [message.content for message in self.session.messages if message.role == "system"]
+        _tell(f"(system prompt: {told[0]})" if told else "(no system prompt)")
 
     def _save(self, file: str) -> None:
         self.session.save(file)

@@ -78,13 +78,15 @@ def run(args: argparse.Namespace) -> int:
         else:
             session = engine.session(args.system_prompt, overflow=args.overflow or "refuse")
         chat = Chat(engine, session, options, quiet=args.quiet)
-        if not at_terminal:
-            any(not chat.take(line) for line in _read_pipe())
-        else:
+        if at_terminal:
             if not args.quiet:
                 print(WELCOME, file=sys.stderr)
             with _line_editing(args.history_file):
                 _converse(chat)
+        else:
+            for line in _read_pipe():
+                if not chat.take(line):
+                    break
     return 0
 
 
