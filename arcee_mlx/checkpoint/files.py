@@ -161,7 +161,12 @@ class TensorWriter:
     """
 
     def __init__(
-        self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], finished: Collection[str] = ()
+        self,
+        path: Path,
+        tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+        finished: Collection[str] = (),
+        *,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         """Begins a file, or goes on with it.
 
@@ -169,11 +174,12 @@ class TensorWriter:
             path: of the file.
             tensors: name -> (safetensors dtype, shape), in the order they are to lie.
             finished: tensors that an earlier writer of the same file has written.
+            metadata: names and texts, which the file begins with, in their order.
 
         Raises:
             CheckpointError: there are such tensors, but the file is not there or has another size.
         """
-        header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+        header: dict[str, Any] = {"__metadata__": {**(metadata or {}), "format": "mlx"}}
         offset = 0
         self._sizes: dict[str, int] = {}
         for name, (dtype, shape) in tensors.items():

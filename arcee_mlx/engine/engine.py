@@ -31,6 +31,7 @@ from .owner import Owner, OwnerSettings, closed_error
 from .request import OnEnd, Request, check_buffer, check_deadline
 from .scheduler import EngineStats, Scheduler
 from .session import Session
+from .session_file import load_session
 from .transcript import Message, Overflow, begin
 
 _owners: weakref.WeakSet[Owner] = weakref.WeakSet()
@@ -264,6 +265,18 @@ class Engine:
         """
         self._check_open()
         return Session(self._owner, self._submit_one, begin(system_prompt, messages, options, overflow))
+
+    def load_session(self, path: str | os.PathLike[str]) -> Session:
+        """Goes on with a session of `Session.save`, from this process or another, as if it had never ended.
+
+        Raises:
+            InputError: there is no such file, it is damaged or none of a session's, or it was made with other weights
+                (adapters included), another tokenizer or another version of its format.
+            TokenizerError: the checkpoint has no chat template.
+            EngineClosedError: the engine is closed.
+        """
+        self._check_open()
+        return Session(self._owner, self._submit_one, load_session(path, self._owner))
 
     def stats(self) -> EngineStats:
         """What it did and holds."""

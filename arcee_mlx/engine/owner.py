@@ -86,6 +86,8 @@ class Owner(threading.Thread):
 
         Raises: EngineClosedError, or what the function raises.
         """
+        if self.is_stopping:
+            raise closed_error()
         future: Future[T] = Future()
 
         def run() -> None:

@@ -10,13 +10,15 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import mlx.core as mx
 
 from ..checkpoint.tokenizer import Tokenizer
 from ..errors import ArceeError, DeviceError, MemoryBudgetError
+from ..generate.options import StopReason
 from ..generate.prefill import fill_cache, make_prompt_cache
+from ..generate.prompt_cache import hash_weights
 from ..model.decoder import ArceeForCausalLM
 from .batch import Batch, step_alone
 from .memory import MemoryBudget, RequestSize
@@ -57,6 +59,7 @@ class Scheduler:
     """The requests of an engine, and what computes them.
 
     Attributes:
+        model: that computes them.
         prefixes: beginnings of prompts.
     """
 
@@ -71,8 +74,8 @@ class Scheduler:
         prefill_step_size: int,
     ) -> None:
         """See `Engine.load`."""
-        self.prefixes = prefixes
-        self._model, self._tokenizer, self._budget = model, tokenizer, budget
+        self.model, self.prefixes = model, prefixes
+        self._tokenizer, self._budget = tokenizer, budget
         self._max_batch_size, self._prefill_step_size = max_batch_size, prefill_step_size
         self._waiting: deque[Request] = deque()
         self._prefilling: ActiveRow | None = None
@@ -81,6 +84,17 @@ class Scheduler:
         self._batch = Batch(model)
         self._done = self._failed = 0
         self._prompt_tokens = self._computed_prompt_tokens = self._generated_tokens = self._decode_steps = 0
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Of the model, for files that belong to it."""
+        return hash_weights(self.model)
+
+    @property
+    def prefix_room_bytes(self) -> int:
+        """What beginnings of prompts may hold beside the requests that were let in."""
+        free = self._budget.limit_bytes - self._budget.predict([row.size for row in self._rows()])
+        return max(0, min(self.prefixes.limit_bytes, free))
 
     @property
     def has_work(self) -> bool:
@@ -122,7 +136,7 @@ class Scheduler:
             self._fail(request, error)
         self._waiting.clear()
         self._prefilling, self._decoding, self._paused = None, [], []
-        self._batch = Batch(self._model)
+        self._batch = Batch(self.model)
         self.prefixes.shrink(0)
 
     def stats(self) -> EngineStats:
@@ -143,21 +157,25 @@ class Scheduler:
         )
 
     def _measure(self, request: Request) -> RequestSize:
-        return self._budget.measure(self._model.config, request.checked)
+        return self._budget.measure(self.model.config, request.checked)
 
     def _rows(self) -> list[ActiveRow]:
         return [*self._decoding, *self._paused, *([self._prefilling] if self._prefilling else [])]
 
     def _end_early(self) -> None:
-        for request in [request for request in self._waiting if request.ended_early]:
-            self._waiting.remove(request)
-            request.end(request.ended_early or "cancelled")
-            self._done += 1
+        for request in list(self._waiting):
+            if reason := request.ended_early:
+                self._waiting.remove(request)
+                self._guard([], partial(self._end, request, reason), request)
         for row in self._rows():
             if reason := row.request.ended_early:
-                self._remove(row)
-                row.request.end(reason)
-                self._done += 1
+                self._remove(row, keep=True)
+                self._guard([], partial(self._end, row.request, reason), row.request)
+
+    def _end(self, request: Request, reason: StopReason) -> None:
+        if request.state != "failed":  # with its batch, just now
+            request.end(reason)
+            self._done += 1
 
     def _resume_and_pause(self) -> None:
         for row in list(self._paused):
@@ -194,8 +212,8 @@ class Scheduler:
         found = None
         if checked.options.max_kv_size is None:
             found = self.prefixes.fork(checked.ids, kind_of(checked.options))
-        cache, cached = found or (make_prompt_cache(self._model, checked.options), 0)
-        row = ActiveRow(request, self._model, self._tokenizer, size, cache, cached)
+        cache, cached = found or (make_prompt_cache(self.model, checked.options), 0)
+        row = ActiveRow(request, self.model, self._tokenizer, size, cache, cached)
         self._prompt_tokens += len(checked.ids)
         self._computed_prompt_tokens += len(checked.ids) - cached
         request.move_to("prefilling")
@@ -209,7 +227,7 @@ class Scheduler:
         if row.unread_tokens:
             step = min(self._prefill_step_size, row.request.checked.options.prefill_step_size)
             count = min(step, row.unread_tokens)
-            fill_cache(self._model, row.cache, row.ids[row.read_tokens : row.read_tokens + count], count)
+            fill_cache(self.model, row.cache, row.ids[row.read_tokens : row.read_tokens + count], count)
             row.read_tokens += count
         if row.unread_tokens:
             return
@@ -221,7 +239,7 @@ class Scheduler:
 
     def _start(self, row: ActiveRow) -> None:
         if row.size.is_alone:
-            row.steps = row.steps or step_alone(self._model, row)
+            row.steps = row.steps or step_alone(self.model, row)
         else:
             self._guard_batch(partial(self._batch.join, row), row)
         if row.request.state == "generating":
@@ -258,7 +276,7 @@ class Scheduler:
         row.request.add(chunk)
 
     def _remove(self, row: ActiveRow, *, keep: bool = False) -> None:
-        """Takes a row out of all lists and its batch; its cache is kept for later prompts if it ended well."""
+        """Takes a row out of all lists and its batch; its cache is kept for later prompts unless it failed."""
         keep = keep and row.request.checked.options.max_kv_size is None
         if row.steps is not None:
             row.steps.close()
@@ -291,7 +309,7 @@ class Scheduler:
         except BaseException as error:
             rows = [row for row in self._decoding if row.steps is None] + ([joining] if joining else [])
             self._decoding = [row for row in self._decoding if row.steps is not None]
-            self._batch = Batch(self._model)
+            self._batch = Batch(self.model)
             for row in rows:
                 self._fail(row.request, error)
 

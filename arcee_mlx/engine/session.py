@@ -6,19 +6,23 @@ has of them. So rolling back, editing and branching change a list, and what memo
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from ..errors import InputError, TokenizerError
+from ..errors import ArceeError, InputError, TokenizerError
 from ..generate.answer import Answer
 from ..generate.options import GenerateOptions
 from ..generate.request import Prompt
 from ..generate.sampling import LogitsProcessor
 from .answer_stream import AnswerStream, AsyncAnswerStream
 from .owner import Owner
+from .prefix_cache import kind_of
 from .request import OnEnd, Request, check_buffer
+from .session_file import save_session
 from .transcript import Draft, Message, Overflow, Transcript, Turn
 
 # From a session's turns to those that the next answer goes on from, and the user's message it answers.
@@ -65,6 +69,7 @@ class Session:
         )  # held for no longer than it takes to look and to assign: the engine takes it, too
         self._transcript = transcript
         self._is_answering = False
+        self._request: Request | None = None  # the last
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -104,7 +109,7 @@ class Session:
             deadline_s, logits_processors, buffer_chunks: see `Engine.stream`.
 
         Raises:
-            InputError: an answer is being made already, or an argument is not as described.
+            InputError: an answer is being made already (one that was cancelled is waited for), or an argument is not as described.
             ContextOverflowError: the prompt has more tokens than the model has positions. One that leaves fewer than
                 max_tokens is answered up to the last position, where overflow is "refuse".
             TokenizerError: the chat template cannot render the messages.
@@ -170,11 +175,12 @@ class Session:
         return AnswerStream(self._answer(choose, options, deadline_s, logits_processors, buffer_chunks))
 
     def roll_back(self, turns: int = 1) -> None:
-        """Drops the last turns.
+        """Drops the last turns; after a cancel it waits for that answer's end.
 
         Raises:
             InputError: there are not so many, or an answer is being made.
         """
+        self._wait_for_cancelled()
         with self._lock:
             self._check_idle()
             before = self._transcript
@@ -186,6 +192,19 @@ class Session:
         """Another session that goes on from here by itself; what both have in common is held once."""
         return Session(self._owner, self._submit, self._transcript)
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the session to a .safetensors file, whole or not at all; `Engine.load_session` goes on with it.
+
+        With it go its keys and values, as far as the engine still has them; what it has not is computed again when the
+        session goes on, so that saving neither waits for other requests nor holds them up. An answer that is being made is
+        no part of it yet.
+
+        Raises:
+            InputError: the name does not end in .safetensors, or the file cannot be written.
+            EngineClosedError: the engine is closed.
+        """
+        save_session(path, self._transcript, self._owner)
+
     def _answer(
         self,
         choose: Choice,
@@ -195,13 +214,15 @@ class Session:
         buffer_chunks: int,
     ) -> Request:
         check_buffer(buffer_chunks)
+        self._wait_for_cancelled()
         with self._lock:
             self._check_idle()
             turns, text = choose(self._transcript.turns)
-            before = replace(self._transcript, turns=turns)
+            before = self._transcript
             self._is_answering = True
         try:
             options = options or before.options or GenerateOptions()
+            before = replace(before, turns=turns, cache_kind=kind_of(options))
             draft = before.draft(self._owner.tokenizer, self._owner.config, text, options)
             # What only messages may have is in the prompt already.
             options = replace(options, prefill_response=None, chat_template_config={})
@@ -209,7 +230,9 @@ class Session:
             def settle(answer: Answer | None) -> None:
                 self._settle(before, draft, answer)
 
-            return self._submit(draft.ids, options, logits_processors, deadline_s, True, buffer_chunks, settle)
+            request = self._submit(draft.ids, options, logits_processors, deadline_s, True, buffer_chunks, settle)
+            self._request = request
+            return request
         except BaseException:
             self._is_answering = False
             raise
@@ -225,6 +248,13 @@ class Session:
             with self._lock:
                 self._transcript = after or self._transcript
                 self._is_answering = False
+
+    def _wait_for_cancelled(self) -> None:
+        """A cancelled answer ends with the step or chunk that is being computed: who goes on at once is not refused."""
+        request = self._request
+        if request is not None and request.cancel_asked:
+            with contextlib.suppress(ArceeError):
+                request.result()
 
     def _check_idle(self) -> None:
         if self._is_answering:

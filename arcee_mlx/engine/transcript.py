@@ -17,6 +17,7 @@ from ..generate.answer import Answer
 from ..generate.options import DEFAULT_MAX_TOKENS, GenerateOptions, context_tokens
 from ..generate.request import render_messages
 from ..model.config import ArceeConfig
+from .prefix_cache import CacheKind
 
 Overflow = Literal["refuse", "drop_oldest_turns"]
 OVERFLOWS = ("refuse", "drop_oldest_turns")
@@ -61,12 +62,14 @@ class Transcript:
         turns: all, the oldest first.
         options: for answers that are given none of their own.
         overflow: what happens where the context is full.
+        cache_kind: of the caches that the last answer was made with.
     """
 
     system_prompt: str | None = None
     turns: tuple[Turn, ...] = ()
     options: GenerateOptions | None = None
     overflow: Overflow = "refuse"
+    cache_kind: CacheKind = (None, None)
 
     @property
     def messages(self) -> tuple[Message, ...]:

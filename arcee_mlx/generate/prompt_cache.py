@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,7 @@ def save_prompt_cache(
         "model": model_name or str(_folder(model)),
         "tokenizer_config": "{}",
         "ids": json.dumps(cache.ids),
-        "text_sha256": _text_hash(tokenizer, cache.ids),
+        "text_sha256": hash_text(tokenizer, cache.ids),
         "weights_sha256": cache.weights_sha256,
     }
     name = check_cache_file_name(path)
@@ -200,7 +200,7 @@ def load_prompt_cache(
             raise _of_another(name, "model", made_with, f"not with {model_name or _folder(model)}")
     elif metadata.get("weights_sha256") != hash_weights(model):
         raise _of_another(name, "model", made_with, f"whose weights are not those of {model_name or _folder(model)}")
-    elif len(ids) != length or metadata.get("text_sha256") != _text_hash(tokenizer, ids):
+    elif len(ids) != length or metadata.get("text_sha256") != hash_text(tokenizer, ids):
         raise _of_another(name, "tokenizer", made_with, "its tokens are another text in this tokenizer")
     if length >= context_tokens(model.config) and "RotatingKVCache" not in kinds:
         raise InputError(f"prompt cache file {name}: fills all {length} positions of the model; expected fewer")
@@ -240,7 +240,8 @@ def _is_name_of(made_with: str, model_name: str | None, folder: Path) -> bool:
     return made_with == model_name or hub_folder in folder.parts or Path(made_with).resolve() == folder.resolve()
 
 
-def _text_hash(tokenizer: Tokenizer, ids: tuple[int, ...]) -> str:
+def hash_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """Of the text that tokens are in this tokenizer; "" where it does not have one of them."""
     try:
         text = tokenizer.decode(ids)
     except InputError:  # an id this tokenizer does not have
