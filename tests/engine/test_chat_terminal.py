@@ -50,13 +50,30 @@ class Terminal:
         """Waits until words appear; gives what appeared before them."""
         until_s = time.monotonic() + PATIENCE_S
         while words not in self.shown:
-            assert select.select([self._descriptor], [], [], until_s - time.monotonic())[0], self.shown[-2000:]
-            try:
-                self.shown += os.read(self._descriptor, 65536).decode("utf-8", "replace")
-            except OSError:  # how Linux tells that the program is gone
-                raise AssertionError(f"ended without {words!r}: {self.shown[-2000:]}") from None
+            assert self._read(until_s - time.monotonic()), f"no {words!r} in {self.shown[-2000:]!r}"
         before, _, self.shown = self.shown.partition(words)
         return before
+
+    def press_until(self, key: bytes, words: str) -> None:
+        """Presses a key every second until words appear: Python can miss a Ctrl-C while it begins to wait for keys."""
+        until_s = time.monotonic() + PATIENCE_S
+        while words not in self.shown:
+            assert time.monotonic() < until_s, f"no {words!r} in {self.shown[-2000:]!r}"
+            self.type(key)
+            while words not in self.shown and self._read(1.0):
+                pass
+        self.wait_for(words)
+
+    def _read(self, timeout_s: float) -> bool:
+        if not select.select([self._descriptor], [], [], max(timeout_s, 0))[0]:
+            return False
+        try:
+            read = os.read(self._descriptor, 65536)
+        except OSError:  # how Linux tells that the program is gone
+            read = b""
+        assert read, f"the program ended: {self.shown[-2000:]!r}"
+        self.shown += read.decode("utf-8", "replace")
+        return True
 
     def wait_for_end(self) -> int:
         return self.process.wait(PATIENCE_S)
@@ -103,22 +120,22 @@ def test_ctrl_c_stops_the_answer_not_the_program_and_what_was_made_is_kept(endle
             made.append(before + "####" + terminal.wait_for("(stopped)"))
             terminal.wait_for(PROMPT)
         terminal.type("/save talk.safetensors\n")
-        terminal.wait_for("talk.safetensors)")
+        terminal.wait_for("(saved as talk.safetensors)")
         terminal.wait_for(PROMPT)
         terminal.type("/quit\n")
         assert terminal.wait_for_end() == 0
     with Engine.load(endless[1]) as engine:
         messages = engine.load_session(tmp_path / "talk.safetensors").messages
-    assert [message.content for message in messages] == [
-        "Call me", made[0].count("#") * "#", "Why?", made[1].count("#") * "#",
-    ]  # fmt: skip
+    answers = [text.count("#") * "#" for text in made]
+    assert [message.content for message in messages] == ["Call me", answers[0], "Why?", answers[1]]
 
 
-def test_ctrl_c_at_the_prompt_says_how_to_leave_and_ctrl_d_leaves(endless: list[str], tmp_path: Path) -> None:
-    with open_terminal(*endless, "--quiet", folder=tmp_path) as terminal:
+def test_ctrl_c_at_the_prompt_says_how_to_leave_and_ctrl_d_leaves(checkpoint: Path, tmp_path: Path) -> None:
+    with open_terminal("--model", str(checkpoint), "--quiet", folder=tmp_path) as terminal:
         assert terminal.wait_for(PROMPT) == ""
-        terminal.type(b"half a line" + CTRL_C)
-        terminal.wait_for(HOW_TO_LEAVE)
+        terminal.type("half a line")
+        terminal.wait_for("half a line")
+        terminal.press_until(CTRL_C, HOW_TO_LEAVE)
         terminal.wait_for(PROMPT)
         terminal.type(CTRL_D)
         assert terminal.wait_for_end() == 0
@@ -134,25 +151,19 @@ def test_a_terminal_is_told_of_mistakes_and_the_conversation_goes_on(checkpoint:
         terminal.wait_for(PROMPT)
         terminal.type(CTRL_D)
         assert terminal.wait_for_end() == 0
+    assert list(tmp_path.iterdir()) == []  # what was typed is kept nowhere unless asked
 
 
-@pytest.mark.parametrize("keep", [True, False])
-def test_lines_come_back_with_the_arrow_keys_and_are_kept_only_where_asked(
-    keep: bool, checkpoint: Path, tmp_path: Path
+def test_lines_come_back_with_the_arrow_key_also_next_time_where_a_file_is_named(
+    checkpoint: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("readline", reason="this Python has no readline")
-    kept = ["--history-file", "lines"] if keep else []
-    for keys, words in ((b"/system Sail.\n", "(system prompt: Sail.)"), (UP + b"\n", "(system prompt: Sail.)")):
-        if keys.startswith(UP) and not keep:
-            assert list(tmp_path.iterdir()) == []
-            break
-        with open_terminal("--model", str(checkpoint), *kept, folder=tmp_path) as terminal:
-            terminal.wait_for(PROMPT)
-            terminal.type(keys)
-            terminal.wait_for(words)
-            terminal.wait_for(PROMPT)
-            terminal.type(UP + b"\n")
-            terminal.wait_for(words)
+    for keys in (b"/system Sail.\n", UP + b"\n"):
+        with open_terminal("--model", str(checkpoint), "--history-file", "lines", folder=tmp_path) as terminal:
+            for again in (keys, UP + b"\n"):
+                terminal.wait_for(PROMPT)
+                terminal.type(again)
+                terminal.wait_for("(system prompt: Sail.)")
             terminal.wait_for(PROMPT)
             terminal.type(CTRL_D)
             assert terminal.wait_for_end() == 0
