@@ -122,8 +122,8 @@ class ChatWindow:
 
     def _lay_out(self) -> None:
         self.root.title("arcee_mlx")
-        self.root.geometry("760x520")
-        self.root.minsize(480, 280)
+        self.root.geometry("720x440")
+        self.root.minsize(480, 260)
         self.root.bind("<Escape>", lambda _: self.stop())
         style = ttk.Style()
         if self.root.tk.call("tk", "windowingsystem") == "x11":  # its default looks its age
@@ -133,6 +133,7 @@ class ChatWindow:
             )
             style.map("TButton", background=[("disabled", FRAME), ("active", EDGE)])
             style.configure("TScrollbar", troughcolor=PAPER, background=EDGE, gripcount=0)
+        style.configure("TEntry", padding=5)
         style.configure("Faint.TLabel", foreground=FAINT)
         size = font.nametofont("TkDefaultFont").actual("size") + 1
 
@@ -155,7 +156,7 @@ class ChatWindow:
         self.entry.focus_set()
         self.send_button = ttk.Button(typing, text="Send", command=self.send, state="disabled")
         self.stop_button = ttk.Button(typing, text="Stop", command=self.stop, state="disabled")
-        self.entry.pack(side="left", fill="x", expand=True, ipady=3)
+        self.entry.pack(side="left", fill="x", expand=True)
         self.send_button.pack(side="left", padx=(8, 0))
         self.stop_button.pack(side="left", padx=(8, 0))
 

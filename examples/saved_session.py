@@ -3,7 +3,7 @@
     python examples/saved_session.py [FILE.safetensors] [--model FOLDER_OR_ID] [--say TEXT]
 
 Where the file is there, the conversation in it goes on; where not, one begins. Run it twice. What was said before is not
-computed again: the file holds the keys and values of all its tokens, and belongs to the model that made them.
+computed again: its keys and values are in the file, which belongs to the model that made it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for message in session.messages:
             print(f"{message.role}: {message.content}")
         print(f"user: {args.say}\nassistant: ", end="")
-        with session.send(args.say, GenerateOptions(max_tokens=args.max_tokens)) as answer:
+        with session.send(args.say, GenerateOptions(max_tokens=args.max_tokens, seed=1)) as answer:
             for chunk in answer:
                 print(chunk.text, end="", flush=True)
         print(f"\n({chunk.stats.cached_tokens} of {chunk.stats.prompt_tokens} prompt tokens were there already)")
