@@ -22,7 +22,7 @@ def test_the_python_runs_as_it_stands(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert len(blocks("python")) == 5
+    assert len(blocks("python")) == 6
     scope: dict[str, object] = {}
     for code in blocks("python"):
         exec(compile(code, "README.md", "exec"), scope)

@@ -1,4 +1,4 @@
-"""bench batch: tokens per second of `generate_batch` on 8 prompts against `stream_generate` on one after the other."""
+"""bench batch: tokens per second of 8 answers at once, by `generate_batch` and by an `Engine`, against one by one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import statistics
 import time
 
 from ..checkpoint.loading import DEMO_MODEL, load
+from ..engine import Engine
 from ..errors import InputError
 from ..generate import Answer, GenerateOptions, generate_batch, stream_generate
 from ..generate.answer import join_chunks
@@ -25,33 +26,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """8 greedy answers batched against one by one, in alternating runs."""
+    """8 greedy answers by each program, in alternating runs."""
     if args.max_tokens < 1:
         raise InputError(f"--max-tokens is {args.max_tokens}; expected at least 1")
     model, tokenizer = load(args.model)
     options = GenerateOptions(max_tokens=args.max_tokens, temp=0)
-
-    def one_by_one() -> list[Answer]:
-        return [join_chunks(list(stream_generate(model, tokenizer, prompt, options))) for prompt in _PROMPTS]
-
-    def batched() -> list[Answer]:
-        return generate_batch(model, tokenizer, _PROMPTS, options)
-
-    rates: dict[str, list[float]] = {"batched": [], "one by one": []}
+    rates: dict[str, list[float]] = {}
     answers: dict[str, list[Answer]] = {}
-    for number in range(args.runs + 1):  # the first only warms up
-        for name, program in (("batched", batched), ("one by one", one_by_one)):
-            started_s = time.perf_counter()
-            answers[name] = program()
-            if number:
-                tokens = sum(len(answer.tokens) for answer in answers[name])
-                rates[name].append(tokens / (time.perf_counter() - started_s))
-    medians = {name: statistics.median(values) for name, values in rates.items()}
+    with Engine.load(args.model, prefix_cache_bytes=0) as engine:
+
+        def one_by_one() -> list[Answer]:
+            return [join_chunks(list(stream_generate(model, tokenizer, prompt, options))) for prompt in _PROMPTS]
+
+        def engine_one_by_one() -> list[Answer]:
+            return [engine.generate(prompt, options) for prompt in _PROMPTS]
+
+        def engine_together() -> list[Answer]:
+            return [request.result() for request in [engine.submit(prompt, options) for prompt in _PROMPTS]]
+
+        programs = {
+            "one by one": one_by_one,
+            "batched": lambda: generate_batch(model, tokenizer, _PROMPTS, options),
+            "engine, one by one": engine_one_by_one,
+            "engine, together": engine_together,
+        }
+        for number in range(args.runs + 1):  # the first only warms up
+            for name, program in programs.items():
+                started_s = time.perf_counter()
+                answers[name] = program()
+                if number:
+                    tokens = sum(len(answer.tokens) for answer in answers[name])
+                    rates.setdefault(name, []).append(tokens / (time.perf_counter() - started_s))
     for name, values in rates.items():
-        print(
-            f"{name:10s} median {medians[name]:.1f} tokens/s, {min(values):.1f} to {max(values):.1f}, {args.runs} runs"
-        )
-    same = sum(a.tokens == b.tokens for a, b in zip(answers["batched"], answers["one by one"], strict=True))
-    print(f"ratio      {medians['batched'] / medians['one by one']:.2f} (batched / one by one, {len(_PROMPTS)} answers of up "
-          f"to {args.max_tokens} tokens, their prompts read, too); {same} of {len(_PROMPTS)} answers have the same tokens")  # fmt: skip
+        print(f"{name:18s} median {statistics.median(values):.1f} tokens/s, {min(values):.1f} to {max(values):.1f}, "
+              f"{args.runs} runs")  # fmt: skip
+    for many, one in (("batched", "one by one"), ("engine, together", "engine, one by one")):
+        ratio = statistics.median(rates[many]) / statistics.median(rates[one])
+        same = sum(a.tokens == b.tokens for a, b in zip(answers[many], answers[one], strict=True))
+        print(f"{many} / {one}: {ratio:.2f} ({len(_PROMPTS)} answers of up to {args.max_tokens} tokens, their prompts "
+              f"read, too); {same} of {len(_PROMPTS)} answers have the same tokens")  # fmt: skip
     return 0

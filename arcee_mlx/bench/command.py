@@ -1,16 +1,17 @@
-"""`arcee-mlx bench startup|batch|convert`: what the README quotes. Speed is always a ratio of two programs in one run."""
+"""`arcee-mlx bench startup|batch|speculative|convert`: what the README quotes. Speed is always a ratio of two programs in one run."""
 
 from __future__ import annotations
 
 import argparse
 
 from ..errors import InputError
-from . import batch, convert, startup
+from . import batch, convert, speculative, startup
 from .machine import describe_machine
 
 _BENCHMARKS = {
     "startup": (startup, "from starting the process to the first text of the answer"),
     "batch": (batch, "many prompts at once against one by one"),
+    "speculative": (speculative, "one answer with drafts against without"),
     "convert": (convert, "converting a checkpoint: seconds, memory, closeness to the original"),
 }
 

@@ -241,6 +241,10 @@ class Tokenizer:
         """Look up the id of the token whose stored text is `text`; None where there is none."""
         return self._backend.token_to_id(text)
 
+    def shares_vocabulary(self, other: Tokenizer) -> bool:
+        """Whether every id is the same token in both."""
+        return self._backend.get_vocab() == other._backend.get_vocab()
+
     def save(self, folder: Path) -> None:
         """Copy the tokenizer's files, byte for byte, from the folder it was read from.
 

@@ -301,6 +301,8 @@ class Engine:
         self._check_open()
         check_deadline(deadline_s)
         checked = read_request(self.config, self.tokenizer, prompt, options)
+        if drafts := checked.options.num_draft_tokens:
+            raise InputError(f"num_draft_tokens is {drafts} in an engine, which drafts nothing; leave it out")
         budget = self._owner.budget
         budget.check_alone(budget.measure(self.config, checked), len(checked.ids))
         return checked

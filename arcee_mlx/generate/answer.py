@@ -29,6 +29,8 @@ class GenerationStats:
         time_to_first_token_s: from the call to the first new token.
         peak_memory_bytes: most memory MLX held in this process.
         seed: of the sampling; the same seed, prompt and options give the same text.
+        drafted_tokens: drafts that were verified; 0 without `num_draft_tokens`.
+        accepted_tokens: of them, those that came true, so that the token after each took no pass of the model.
     """
 
     prompt_tokens: int
@@ -39,6 +41,18 @@ class GenerationStats:
     time_to_first_token_s: float
     peak_memory_bytes: int
     seed: int
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Share of the drafts that came true; None without drafts."""
+        return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else None
+
+    @property
+    def tokens_per_step(self) -> float:
+        """New tokens for each pass of the model that made any; 1 without drafts."""
+        return self.generation_tokens / (self.generation_tokens - self.accepted_tokens)
 
 
 @dataclass(frozen=True)

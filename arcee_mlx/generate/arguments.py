@@ -10,6 +10,8 @@ from typing import Any
 from ..errors import InputError
 from .options import OPTION_NAMES, GenerateOptions
 
+_DRAFT_MODEL_TOKENS = 3  # mlx_lm.generate's
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `generate`."""
@@ -17,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_sampling_arguments(parser)
     _add_answer_arguments(parser)
+    _add_draft_arguments(parser)
     memory = add_memory_arguments(parser)
     memory.add_argument("--prompt-cache-file", metavar="FILE", help="from `arcee-mlx cache-prompt` or mlx_lm's")
     output = parser.add_argument_group("output")
@@ -119,6 +122,21 @@ def _add_answer_arguments(parser: argparse.ArgumentParser) -> None:
     answer.add_argument("--num-return-sequences", type=int, metavar="N", help="of beams: answers to print (1)")
 
 
+def _add_draft_arguments(parser: argparse.ArgumentParser) -> None:
+    drafts = parser.add_argument_group("speculative decoding (the answer stays the same)")
+    drafts.add_argument(
+        "--num-draft-tokens", type=int, metavar="N", help="draft and verify up to N tokens at once, 7 at most (0 = off)"
+    )
+    drafts.add_argument(
+        "--draft-model",
+        metavar="PATH|ID",
+        help="drafts come from this smaller model, up to 3 at a time unless --num-draft-tokens (default: from the text so far)",
+    )
+    drafts.add_argument(
+        "--max-matching-ngram-size", type=int, metavar="N", help="last tokens to look for in the text so far (3)"
+    )
+
+
 def add_memory_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Adds what says how keys and values are kept; returns the group."""
     memory = parser.add_argument_group("memory")
@@ -138,6 +156,8 @@ def read_options(args: argparse.Namespace) -> GenerateOptions:
     values: dict[str, Any] = {name: getattr(args, name) for name in OPTION_NAMES if hasattr(args, name)}
     if "logit_bias" in values:
         values["logit_bias"] = dict(_read_bias(text) for text in values["logit_bias"])
+    if "num_draft_tokens" in values and values["num_draft_tokens"] is None:
+        values["num_draft_tokens"] = _DRAFT_MODEL_TOKENS if args.draft_model is not None else 0
     values["chat_template_config"] = _read_template_config(args.chat_template_config)
     return GenerateOptions(**values)
 

@@ -56,7 +56,8 @@ def generate_batch(
     Args:
         prompts: each as in `generate`.
         options: for all prompts, or one for each. Rows without a seed draw one each; a row's seed gives what it gives
-            alone. A batch keeps all its tokens in float: kv_bits and max_kv_size are refused.
+            alone. A batch keeps all its tokens in float and drafts none: kv_bits, max_kv_size and num_draft_tokens are
+            refused.
         logits_processors: called for every row, with that row's tokens.
         max_batch_size: rows decoded at once; further prompts start as earlier ones end.
 
@@ -112,9 +113,9 @@ def generate_answers(
         raise InputError(f"n is {n!r}; expected an integer of at least 1")
     unseen = prompt_cache.unseen_tokens if prompt_cache else 0
     request = read_request(model.config, tokenizer, prompt, options, unseen_tokens=unseen)
-    _refuse_small_cache(request.options)
+    _refuse_for_one(request.options)
     if prompt_cache is not None:
-        _refuse_small_cache(prompt_cache)
+        _refuse_for_one(prompt_cache)
     if n > 1 and request.options.temp == 0:
         raise InputError(f"n is {n} without a temperature: all answers would be the same; give temp over 0")
     seed = request.options.seed
@@ -135,16 +136,16 @@ def _read_row(
 ) -> Request:
     try:
         request = read_request(model.config, tokenizer, prompt, options)
-        _refuse_small_cache(request.options)
+        _refuse_for_one(request.options)
     except InputError as error:
         raise InputError(f"prompt {place}: {error}") from error
     return request
 
 
-def _refuse_small_cache(source: GenerateOptions | PromptCache) -> None:
-    for name in ("kv_bits", "max_kv_size"):
-        if (value := getattr(source, name)) is not None:
-            raise InputError(f"{name} is {value} in a batch; expected None: a batch keeps all in float; leave it out")
+def _refuse_for_one(source: GenerateOptions | PromptCache) -> None:
+    for name in ("kv_bits", "max_kv_size", "num_draft_tokens"):
+        if value := getattr(source, name, None):
+            raise InputError(f"{name} is {value} in a batch, which keeps all in float and drafts nothing; leave it out")
 
 
 def _run(model: ArceeForCausalLM, starts: Sequence[_Start], max_batch_size: int, prefill_step: int) -> list[Answer]:

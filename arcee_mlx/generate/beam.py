@@ -22,7 +22,7 @@ from .request import Prompt, Request, read_request
 from .sampling import LogitsProcessor, make_logits_processors
 
 EarlyStopping = bool | Literal["never"]
-_NOT_FOR_BEAMS = ("temp", "top_k", "top_p", "min_p", "xtc_probability", "seed", "stop", "logprobs")
+_NOT_FOR_BEAMS = ("temp", "top_k", "top_p", "min_p", "xtc_probability", "seed", "stop", "logprobs", "num_draft_tokens")
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def beam_search(
     for name in _NOT_FOR_BEAMS:
         if getattr(options, name) not in (None, 0, (), False) or (name == "seed" and options.seed is not None):
             raise InputError(
-                f"{name} is {getattr(options, name)!r} in a beam search, which does not sample; leave it out"
+                f"{name} is {getattr(options, name)!r} in a beam search, which neither samples nor drafts; leave it out"
             )
     request = read_request(model.config, tokenizer, prompt, replace(options, temp=0.0, top_k=0, top_p=1.0, min_p=0.0))
     processors = make_logits_processors(

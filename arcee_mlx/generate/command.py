@@ -19,7 +19,7 @@ from .answer import Answer, GenerationChunk, TokenLogprob, join_chunks
 from .arguments import add_arguments, read_options
 from .batch import generate_answers
 from .beam import Beam, beam_search
-from .opening import make_prompt, open_model, read_prompt, show_progress
+from .opening import make_prompt, open_draft_model, open_model, read_prompt, show_progress
 from .options import GenerateOptions
 from .prompt_cache import load_prompt_cache
 from .request import Prompt
@@ -48,7 +48,16 @@ def run(args: argparse.Namespace) -> int:
     if args.n > 1:
         answers = generate_answers(model, tokenizer, prompt, options, n=args.n, prompt_cache=cache)
         return _print_answers(answers, tokenizer, args)
-    chunks = stream_generate(model, tokenizer, prompt, options, prompt_cache=cache, prompt_progress=show_progress(args))
+    draft_model = open_draft_model(args, tokenizer)
+    chunks = stream_generate(
+        model,
+        tokenizer,
+        prompt,
+        options,
+        prompt_cache=cache,
+        draft_model=draft_model,
+        prompt_progress=show_progress(args),
+    )
     return _print_answer(chunks, tokenizer, args)
 
 
@@ -57,6 +66,8 @@ def _refuse_contradictions(args: argparse.Namespace) -> None:
         raise InputError("--logprobs without --json: there is no place for them in plain text; add --json")
     if args.n < 1 or args.num_beams < 1:
         raise InputError(f"-n is {args.n} and --num-beams {args.num_beams}; expected at least 1")
+    if args.draft_model is not None and (args.n > 1 or args.num_beams > 1):
+        raise InputError("--draft-model with -n or --num-beams: drafts are for one answer; leave one of them out")
     if args.num_beams > 1:
         if args.n > 1 or args.prompt_cache_file is not None:
             raise InputError("--num-beams with -n or --prompt-cache-file: a beam search does neither; leave it out")
@@ -141,7 +152,9 @@ def _as_json(answer: Answer, tokenizer: Tokenizer) -> dict[str, Any]:
         values["logprobs"] = list(answer.logprobs)
     if answer.top_logprobs:
         values["top_logprobs"] = [[readable(top) for top in tops] for tops in answer.top_logprobs]
-    return {**values, **asdict(answer.stats)}
+    stats = answer.stats
+    rates = {"acceptance_rate": stats.acceptance_rate, "tokens_per_step": stats.tokens_per_step}
+    return {**values, **asdict(stats), **rates}
 
 
 def _print_stats(last: GenerationChunk, interrupted: bool) -> None:
@@ -151,4 +164,7 @@ def _print_stats(last: GenerationChunk, interrupted: bool) -> None:
           f"{stats.time_to_first_token_s:.3f} s", file=sys.stderr)  # fmt: skip
     print(f"Generation: {stats.generation_tokens} tokens, {stats.generation_tokens_per_s:.1f} tokens/s, ended by "
           f"{'Ctrl-C' if interrupted else last.stop_reason}, seed {stats.seed}", file=sys.stderr)  # fmt: skip
+    if stats.drafted_tokens:
+        print(f"Drafts: {stats.accepted_tokens} of {stats.drafted_tokens} accepted ({stats.acceptance_rate:.0%}), "
+              f"{stats.tokens_per_step:.2f} tokens per pass", file=sys.stderr)  # fmt: skip
     print(f"Peak memory: {stats.peak_memory_bytes / 1e9:.3f} GB", file=sys.stderr)

@@ -33,6 +33,19 @@ def open_model(args: argparse.Namespace) -> tuple[ArceeForCausalLM, Tokenizer]:
     return load(name_model(args), args.revision, args.dtype, adapter_path=args.adapter_path)
 
 
+def open_draft_model(args: argparse.Namespace, tokenizer: Tokenizer) -> ArceeForCausalLM | None:
+    """The draft model that the arguments name, its tokenizer compared with the model's; None without one."""
+    if args.draft_model is None:
+        return None
+    draft_model, own = load(args.draft_model, None, args.dtype)
+    if not own.shares_vocabulary(tokenizer):
+        raise InputError(
+            f"--draft-model {args.draft_model}: its tokenizer has another vocabulary; expected the model's; take a draft "
+            f"model with the same tokenizer"
+        )
+    return draft_model
+
+
 def make_prompt(args: argparse.Namespace, tokenizer: Tokenizer, text: str, *, goes_on: bool = False) -> Prompt:
     """The text as messages where there is a chat template for them; empty text only where a prompt goes on."""
     if tokenizer.has_chat_template and not args.raw and (text or goes_on):

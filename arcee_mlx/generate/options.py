@@ -9,10 +9,12 @@ from typing import Any, Literal
 
 from ..errors import InputError
 from ..model.config import ArceeConfig
+from ..model.relu2.kernels import MAX_TOKENS
 
 StopReason = Literal["eos", "stop_string", "max_tokens", "context_full", "tool_call", "cancelled", "deadline", "error"]
 
 DEFAULT_MAX_TOKENS = 256
+MAX_DRAFT_TOKENS = MAX_TOKENS - 1  # with the last token, what the sparse path takes at once
 _KEPT_TOKENS = 4  # a rotating cache never gives up the first of these (mlx-lm's `keep`)
 
 
@@ -48,6 +50,10 @@ class GenerateOptions:
         max_kv_size: keep the first 4 and the newest tokens only, so many in all. None keeps all.
         kv_bits: store keys and values in so many bits from the first token on: 2, 4 or 8. Not with max_kv_size.
         kv_group_size: group size of that: 32, 64 or 128, and a divisor of the head's width.
+        num_draft_tokens: draft up to so many tokens at a time, 1 to 7, the more the better they did, and verify them at
+            once; the answer stays the same. 0 is off. Drafts are what followed when the last tokens stood there before (transformers' prompt lookup), or a
+            `draft_model`'s. For one caller's answer, and not with max_kv_size.
+        max_matching_ngram_size: last tokens to look for, without a draft model, 1 to 16. Default 3.
     """
 
     max_tokens: int | None = None
@@ -72,6 +78,8 @@ class GenerateOptions:
     max_kv_size: int | None = None
     kv_bits: int | None = None
     kv_group_size: int = 64
+    num_draft_tokens: int = 0
+    max_matching_ngram_size: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -81,6 +89,8 @@ class GenerateOptions:
         self._check_int("seed", 0, 2**64 - 1)
         self._check_int("prefill_step_size", 1, may_be_none=False)
         self._check_int("max_kv_size", _KEPT_TOKENS + 1)
+        self._check_int("num_draft_tokens", 0, MAX_DRAFT_TOKENS, may_be_none=False)
+        self._check_int("max_matching_ngram_size", 1, 16)
         self._check_number("temp", 0, math.inf)
         self._check_number("top_p", 0, 1, open_low=True)
         self._check_number("min_p", 0, 1)
@@ -113,6 +123,13 @@ class GenerateOptions:
             raise InputError(
                 "kv_bits together with max_kv_size: a rotating KV cache cannot be quantized; expected one of the two"
             )
+        if self.num_draft_tokens and self.max_kv_size is not None:
+            raise InputError(
+                "num_draft_tokens together with max_kv_size: a rotating KV cache cannot take drafts back; expected one "
+                "of the two"
+            )
+        if self.max_matching_ngram_size is not None and not self.num_draft_tokens:
+            raise InputError("max_matching_ngram_size without num_draft_tokens: nothing is drafted; give both")
 
     def resolve(self, generation_config: Mapping[str, Any], config: ArceeConfig) -> GenerateOptions:
         """Fills in what the caller left open and checks what depends on the model.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 
@@ -43,9 +44,8 @@ class Row:
         cached_tokens: of the prompt, those that a prompt cache saved computing.
         """
         options = request.options
-        self.sampler: Callable[[mx.array], mx.array] = Sampler(
-            options, xtc_keeps(tokenizer, request.eos, model.config.vocab_size)
-        )
+        self._own_sampler = Sampler(options, xtc_keeps(tokenizer, request.eos, model.config.vocab_size))
+        self.sampler: Callable[[mx.array], mx.array] = self._own_sampler
         self.processors = make_logits_processors(
             options,
             vocab_size=tokenizer.vocab_size,
@@ -70,8 +70,16 @@ class Row:
         """Whether the likeliest token of the unchanged logits is all it takes, so that a batch may draw it at once."""
         return self._request.options.temp == 0 and not self.processors
 
-    def add(self, token: int) -> GenerationChunk:
-        """Takes the next token, in the order they were sampled; after a chunk with a stop_reason there is no other."""
+    def copy_sampler(self) -> Sampler:
+        """One that draws as `sampler` will from here on, and leaves that as it is."""
+        return copy.copy(self._own_sampler)
+
+    def add(self, token: int, *, drafted: int = 0, accepted: int = 0) -> GenerationChunk:
+        """Takes the next token, in the order they were sampled; after a chunk with a stop_reason there is no other.
+
+        Args:
+            drafted, accepted: drafts so far.
+        """
         now_s = time.perf_counter()
         if self._count == 0:
             self._first_s = now_s
@@ -81,7 +89,7 @@ class Row:
         if self._recorder:
             logprob, top = self._recorder.read()
         text, reason = self._write(token)
-        return GenerationChunk(text, token, reason, self._stats(now_s), logprob, top)
+        return GenerationChunk(text, token, reason, self._stats(now_s, drafted, accepted), logprob, top)
 
     def _write(self, token: int) -> tuple[str, StopReason | None]:
         reason: StopReason | None = None
@@ -96,7 +104,7 @@ class Row:
             text += self._matcher.add(self._detokenizer.finish()) + self._matcher.finish()
         return text, "stop_string" if self._matcher.stopped else reason
 
-    def _stats(self, now_s: float) -> GenerationStats:
+    def _stats(self, now_s: float, drafted: int, accepted: int) -> GenerationStats:
         seed = self._request.options.seed
         assert seed is not None
         return GenerationStats(
@@ -108,6 +116,8 @@ class Row:
             time_to_first_token_s=self._first_s - self._started_s,
             peak_memory_bytes=mx.get_peak_memory(),
             seed=seed,
+            drafted_tokens=drafted,
+            accepted_tokens=accepted,
         )
 
 

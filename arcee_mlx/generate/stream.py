@@ -22,6 +22,7 @@ from .prompt_cache import PromptCache
 from .request import Prompt, Request, read_request
 from .row import Row
 from .sampling import LogitsProcessor
+from .speculative import Speculator, check_drafts, make_drafter
 
 
 def generate(
@@ -31,6 +32,7 @@ def generate(
     options: GenerateOptions | None = None,
     *,
     prompt_cache: PromptCache | None = None,
+    draft_model: ArceeForCausalLM | None = None,
     logits_processors: Sequence[LogitsProcessor] = (),
 ) -> str:
     """Makes an answer and returns its text.
@@ -43,6 +45,7 @@ def generate(
         options: None takes the checkpoint's generation_config.json throughout.
         prompt_cache: from `cache_prompt` or `load_prompt_cache`; what it has of the prompt is not computed again. One
             from a file of mlx_lm's stands before the prompt instead; then penalties see the prompt's tokens only.
+        draft_model: a smaller model with the same tokenizer, to draft `options.num_draft_tokens` tokens at a time.
         logits_processors: functions (tokens so far (n,), logits (1, V)) -> logits (1, V), called in order for every
             new token, after the penalties and before the temperature. Steps run ahead, so they may be called for one
             token more than there is.
@@ -53,7 +56,13 @@ def generate(
         CallbackError: one of logits_processors raised, or did not return logits; the message names it.
     """
     chunks = stream_generate(
-        model, tokenizer, prompt, options, prompt_cache=prompt_cache, logits_processors=logits_processors
+        model,
+        tokenizer,
+        prompt,
+        options,
+        prompt_cache=prompt_cache,
+        draft_model=draft_model,
+        logits_processors=logits_processors,
     )
     return "".join(chunk.text for chunk in chunks)
 
@@ -65,6 +74,7 @@ def stream_generate(
     options: GenerateOptions | None = None,
     *,
     prompt_cache: PromptCache | None = None,
+    draft_model: ArceeForCausalLM | None = None,
     logits_processors: Sequence[LogitsProcessor] = (),
     prompt_progress: PromptProgress | None = None,
 ) -> Iterator[GenerationChunk]:
@@ -82,8 +92,16 @@ def stream_generate(
     request = read_request(model.config, tokenizer, prompt, options, unseen_tokens=unseen)
     if prompt_cache is not None:
         prompt_cache.check_fits(request.options, model)
+    check_drafts(model, request.options, draft_model, prompt_cache)
     return _stream(
-        model, tokenizer, request, prompt_cache, logits_processors, started_s, prompt_progress or (lambda *_: None)
+        model,
+        tokenizer,
+        request,
+        prompt_cache,
+        draft_model,
+        logits_processors,
+        started_s,
+        prompt_progress or (lambda *_: None),
     )
 
 
@@ -92,6 +110,7 @@ def _stream(
     tokenizer: Tokenizer,
     request: Request,
     prompt_cache: PromptCache | None,
+    draft_model: ArceeForCausalLM | None,
     own_processors: Sequence[LogitsProcessor],
     started_s: float,
     prompt_progress: PromptProgress,
@@ -101,9 +120,11 @@ def _stream(
     options = request.options
     cache, cached = prompt_cache.fork(request.ids) if prompt_cache else (make_prompt_cache(model, options), 0)
     row = Row(model, tokenizer, request, own_processors, started_s, hidden_tokens=cached, cached_tokens=cached)
+    drafter = make_drafter(tokenizer, request, row, draft_model)
+    speculator = Speculator(model, drafter, request, unread=len(request.ids) - cached) if drafter else None
     steps = generate_step(
         mx.array(request.ids[cached:]),
-        model,
+        speculator or model,
         max_tokens=request.limit,
         sampler=row.sampler,
         logits_processors=row.processors,
@@ -122,7 +143,8 @@ def _stream(
             if first and math.isnan(logprobs[token].item()):
                 raise ArceeError("the model computes NaN; expected finite numbers; check its weights and processors")
             first = False
-            chunk = row.add(token)
+            drafted, accepted = speculator.read_counts() if speculator else (0, 0)
+            chunk = row.add(token, drafted=drafted, accepted=accepted)
             yield chunk
             if chunk.stop_reason is not None:
                 return

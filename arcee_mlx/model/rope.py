@@ -74,6 +74,13 @@ class RotaryEmbedding:
         """Whether the table of a sequence changes as it grows."""
         return self.kind in ("dynamic", "longrope")
 
+    def shares_table(self, first: int, last: int) -> bool:
+        """Whether sequences of all lengths from `first` to `last` have one table, so that one pass may make them."""
+        limit = self.original_length if self.kind == "longrope" else self.max_position_embeddings
+        if not self.depends_on_length or first == last or last <= limit:
+            return True
+        return self.kind == "longrope" and first > limit
+
     def table(self, length: int | mx.array) -> mx.array:
         """The frequencies for sequences of a given length, without any state: generation's rule.
 

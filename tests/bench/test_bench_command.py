@@ -21,15 +21,39 @@ def test_defaults_are_what_the_readme_quotes() -> None:
     assert parser.parse_args(["convert", "--layers", "9", "18"]).layers == [9, 18]
 
 
-def test_batch_prints_both_rates_and_their_ratio(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_batch_prints_every_rate_and_the_ratios(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "batch", "--model", str(checkpoint), "--runs", "1", "--max-tokens", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "mlx" in lines[0]
-    assert [line[:10].strip() for line in lines[1:]] == ["batched", "one by one", "ratio"]
+    assert [line.partition(" median")[0].strip() for line in lines[1:5]] == [
+        "one by one", "batched", "engine, one by one", "engine, together",
+    ]  # fmt: skip
+    assert [line.partition(":")[0] for line in lines[5:]] == [
+        "batched / one by one",
+        "engine, together / engine, one by one",
+    ]
     assert "8 answers of up to 2 tokens" in lines[-1]
 
 
-@pytest.mark.parametrize("arguments", [("startup", "--runs", "0"), ("batch", "--max-tokens", "0")])
+def test_speculative_prints_both_rates_their_ratio_and_how_many_drafts_came_true(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", str(checkpoint), "--draft-model", str(checkpoint), "--runs", "1", "--max-tokens", "9"]
+    assert main(["bench", "speculative", *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["drafts", "plain", "ratio"]
+    assert lines[-1].endswith("4.50 tokens per pass, 100% of the drafts accepted; the same tokens")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("startup", "--runs", "0"),
+        ("batch", "--max-tokens", "0"),
+        ("speculative", "--max-tokens", "1"),
+        ("speculative", "--num-draft-tokens", "0"),
+    ],
+)
 def test_less_than_one_of_anything_is_refused(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *arguments]) == 2
-    assert "expected at least 1" in capsys.readouterr().err
+    assert "expected at least" in capsys.readouterr().err

@@ -148,6 +148,7 @@ def test_an_empty_list_has_no_answers(loaded: Loaded) -> None:
         (["a", "b"], [GenerateOptions()], "options has 1 entries; expected one for all or 2"),
         (["a"], GenerateOptions(kv_bits=8, kv_group_size=32), "prompt 0: kv_bits is 8 in a batch"),
         (["a"], GenerateOptions(max_kv_size=32), "prompt 0: max_kv_size is 32 in a batch"),
+        (["a"], GenerateOptions(num_draft_tokens=3), "prompt 0: num_draft_tokens is 3 in a batch"),
         ("text", None, "prompts is a single prompt"),
         ([1, 2], None, "prompts is a single prompt"),
     ],
@@ -230,6 +231,7 @@ def test_several_answers_read_the_prompt_once(loaded: Loaded, monkeypatch: pytes
         (SAMPLED, True, "n is True; expected"),
         (GenerateOptions(temp=0), 2, "n is 2 without a temperature"),
         (replace(SAMPLED, kv_bits=8, kv_group_size=32), 2, "kv_bits is 8 in a batch"),
+        (replace(SAMPLED, num_draft_tokens=3), 2, "num_draft_tokens is 3 in a batch"),
     ],
 )
 def test_several_answers_are_refused_where_they_cannot_be(

@@ -110,6 +110,7 @@ def test_an_extra_end_of_text_token_ends_beams(loaded: Loaded) -> None:
         ({"options": GenerateOptions(seed=0)}, "seed is 0 in a beam search"),
         ({"options": GenerateOptions(stop=("x",))}, "stop is .* in a beam search"),
         ({"options": GenerateOptions(logprobs=True)}, "logprobs is True in a beam search"),
+        ({"options": GenerateOptions(num_draft_tokens=2)}, "num_draft_tokens is 2 in a beam search"),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(loaded: Loaded, arguments: dict[str, Any], message: str) -> None:

@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,6 +122,9 @@ def test_piped_text_is_the_prompt_when_none_is_given(monkeypatch: pytest.MonkeyP
         (["--prompt", "x", "-n", "0"], "-n is 0"),
         (["--prompt", "x", "-n", "2", "--temp", "0"], "n is 2 without a temperature"),
         (["--prompt", "x", "--num-beams", "3", "-n", "2"], "--num-beams with -n"),
+        (["--prompt", "x", "--num-beams", "3", "--num-draft-tokens", "2"], "num_draft_tokens is 2 in a beam search"),
+        (["--prompt", "x", "-n", "3", "--temp", "1", "--draft-model", "y"], "--draft-model with -n or --num-beams"),
+        (["--prompt", "x", "--max-matching-ngram-size", "2"], "max_matching_ngram_size without num_draft_tokens"),
         (["--prompt", "x", "--num-beams", "3", "--temp", "1"], "temp is 1.0 in a beam search"),
         (["--prompt", "x", "--length-penalty", "2"], "--length-penalty without --num-beams"),
         (["--prompt", "x", "--prompt-cache-file", "/nonexistent/file"], "prompt cache file /nonexistent/file"),
@@ -152,6 +156,36 @@ def test_options_of_the_answer_reach_it(checkpoint: Path, capsys: pytest.Capture
     sampled = ["--prompt", "x", "--max-tokens", "20", "--temp", "1.5", "--seed", "1"]
     xtc = answer_of(checkpoint, capsys, *sampled, "--xtc-probability", "1", "--xtc-threshold", "0.05")
     assert xtc["tokens"] != answer_of(checkpoint, capsys, *sampled)["tokens"]
+
+
+def test_drafts_are_counted_and_change_nothing(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--prompt", "Call me Call me", "--max-tokens", "30", "--temp", "0"]
+    plain = answer_of(checkpoint, capsys, *arguments)
+    assert (plain["drafted_tokens"], plain["acceptance_rate"], plain["tokens_per_step"]) == (0, None, 1)
+    ngrams = ["--num-draft-tokens", "5", "--max-matching-ngram-size", "1"]
+    for extra, rate in ((ngrams, None), (["--draft-model", str(checkpoint)], 1)):
+        answer = answer_of(checkpoint, capsys, *arguments, *extra)
+        assert answer["text"] == plain["text"] and answer["drafted_tokens"] > 0
+        assert answer["acceptance_rate"] == answer["accepted_tokens"] / answer["drafted_tokens"]
+        assert rate is None or answer["acceptance_rate"] == rate
+    assert answer["tokens_per_step"] > 3  # mlx_lm.generate's 3 drafts a pass, all accepted
+    assert generate(checkpoint, *arguments, *extra) == 0
+    assert (
+        f"Drafts: {answer['accepted_tokens']} of {answer['drafted_tokens']} accepted (100%), "
+        in capsys.readouterr().err
+    )
+
+
+def test_a_draft_model_with_another_tokenizer_is_refused(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["!"], vocabulary["?"] = vocabulary["?"], vocabulary["!"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    assert generate(checkpoint, *ARGUMENTS, "--draft-model", str(other)) == 2
+    assert "its tokenizer has another vocabulary; expected the model's" in capsys.readouterr().err
 
 
 def test_logprobs_are_in_the_object(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -78,6 +79,14 @@ def test_table_is_the_formulas(kind: str) -> None:
 def test_table_of_a_length_is_the_formulas_at_that_length(kind: str, tokens: int) -> None:
     rope = embedding(kind)
     np.testing.assert_allclose(np.array(rope.table(tokens)), oracle(kind, tokens=tokens), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lengths_share_a_table_exactly_where_all_between_have_it(kind: str) -> None:
+    rope = embedding(kind, length=20)
+    for first, last in itertools.combinations_with_replacement(range(10, 30), 2):
+        tables = [rope.table(length).tolist() for length in (first, last)]
+        assert rope.shares_table(first, last) == (tables[0] == tables[1])
 
 
 @pytest.mark.parametrize("kind", KINDS)
