@@ -253,7 +253,7 @@ class Engine:
 
         Args:
             system_prompt: what stands before all turns.
-            messages: a conversation so far, the user's and the assistant's in turns, with a system message first or none.
+            messages: of a conversation so far, the user's and the assistant's in turns; a system message may be the first.
             options: for answers that are given none of their own.
             overflow: where a prompt no longer fits the context: "refuse" raises ContextOverflowError, "drop_oldest_turns"
                 leaves the oldest turns out of what the model sees.

@@ -43,7 +43,7 @@ class Request:
         buffer_chunks: chunks made ahead of the reader at most; None for no reader, so that there is no limit.
         may_wait: for memory.
         on_end: called once on the owner thread, before anybody learns of the end, with the answer, or None where there
-            is none because the request failed; whether anybody reads it or not. It takes no lock of the caller's.
+            is none because the request failed; whether anybody reads it or not. It must not block.
         """
         self.checked, self.logits_processors = checked, logits_processors
         self.buffer_chunks, self.may_wait = buffer_chunks, may_wait

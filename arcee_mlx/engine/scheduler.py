@@ -59,7 +59,6 @@ class Scheduler:
     """The requests of an engine, and what computes them.
 
     Attributes:
-        model: that computes them.
         prefixes: beginnings of prompts.
     """
 
@@ -74,8 +73,8 @@ class Scheduler:
         prefill_step_size: int,
     ) -> None:
         """See `Engine.load`."""
-        self.model, self.prefixes = model, prefixes
-        self._tokenizer, self._budget = tokenizer, budget
+        self.prefixes = prefixes
+        self._model, self._tokenizer, self._budget = model, tokenizer, budget
         self._max_batch_size, self._prefill_step_size = max_batch_size, prefill_step_size
         self._waiting: deque[Request] = deque()
         self._prefilling: ActiveRow | None = None
@@ -85,10 +84,15 @@ class Scheduler:
         self._done = self._failed = 0
         self._prompt_tokens = self._computed_prompt_tokens = self._generated_tokens = self._decode_steps = 0
 
+    @property
+    def model(self) -> ArceeForCausalLM:
+        """That computes."""
+        return self._model
+
     @cached_property
     def weights_sha256(self) -> str:
         """Of the model, for files that belong to it."""
-        return hash_weights(self.model)
+        return hash_weights(self._model)
 
     @property
     def prefix_room_bytes(self) -> int:
@@ -136,7 +140,7 @@ class Scheduler:
             self._fail(request, error)
         self._waiting.clear()
         self._prefilling, self._decoding, self._paused = None, [], []
-        self._batch = Batch(self.model)
+        self._batch = Batch(self._model)
         self.prefixes.shrink(0)
 
     def stats(self) -> EngineStats:
@@ -157,7 +161,7 @@ class Scheduler:
         )
 
     def _measure(self, request: Request) -> RequestSize:
-        return self._budget.measure(self.model.config, request.checked)
+        return self._budget.measure(self._model.config, request.checked)
 
     def _rows(self) -> list[ActiveRow]:
         return [*self._decoding, *self._paused, *([self._prefilling] if self._prefilling else [])]
@@ -212,8 +216,8 @@ class Scheduler:
         found = None
         if checked.options.max_kv_size is None:
             found = self.prefixes.fork(checked.ids, kind_of(checked.options))
-        cache, cached = found or (make_prompt_cache(self.model, checked.options), 0)
-        row = ActiveRow(request, self.model, self._tokenizer, size, cache, cached)
+        cache, cached = found or (make_prompt_cache(self._model, checked.options), 0)
+        row = ActiveRow(request, self._model, self._tokenizer, size, cache, cached)
         self._prompt_tokens += len(checked.ids)
         self._computed_prompt_tokens += len(checked.ids) - cached
         request.move_to("prefilling")
@@ -227,7 +231,7 @@ class Scheduler:
         if row.unread_tokens:
             step = min(self._prefill_step_size, row.request.checked.options.prefill_step_size)
             count = min(step, row.unread_tokens)
-            fill_cache(self.model, row.cache, row.ids[row.read_tokens : row.read_tokens + count], count)
+            fill_cache(self._model, row.cache, row.ids[row.read_tokens : row.read_tokens + count], count)
             row.read_tokens += count
         if row.unread_tokens:
             return
@@ -239,7 +243,7 @@ class Scheduler:
 
     def _start(self, row: ActiveRow) -> None:
         if row.size.is_alone:
-            row.steps = row.steps or step_alone(self.model, row)
+            row.steps = row.steps or step_alone(self._model, row)
         else:
             self._guard_batch(partial(self._batch.join, row), row)
         if row.request.state == "generating":
@@ -309,7 +313,7 @@ class Scheduler:
         except BaseException as error:
             rows = [row for row in self._decoding if row.steps is None] + ([joining] if joining else [])
             self._decoding = [row for row in self._decoding if row.steps is not None]
-            self._batch = Batch(self.model)
+            self._batch = Batch(self._model)
             for row in rows:
                 self._fail(row.request, error)
 

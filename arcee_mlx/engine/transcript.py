@@ -40,8 +40,8 @@ class Turn:
     Attributes:
         user, answer: what they said.
         dropped_turns: how many of the session's oldest turns the model did not see with it.
-        text: what the model saw, up to the end of the answer, or up to where its tokens are no longer its text.
-        ids: the tokens of that text. Both are empty where it is not known what the model saw.
+        text: what the model saw: the prompt, and the answer where its tokens are its text to the letter.
+        ids: the tokens of that. Both are empty where it is not known what the model saw.
         goes_on: whether text and ids follow those of the turn before; else they are all, from the first token on.
     """
 
@@ -110,11 +110,9 @@ class Transcript:
             )
             draft = self._write(tokenizer, user, options, dropped + 1 + place)
         if len(draft.ids) >= context:
-            advice = (
-                "send less"
-                if draft.turn.dropped_turns == len(self.turns)
-                else ("send less, roll turns back, or open the session with overflow='drop_oldest_turns'")
-            )
+            advice = "send less"
+            if draft.turn.dropped_turns < len(self.turns):
+                advice += ", roll turns back, or open the session with overflow='drop_oldest_turns'"
             raise ContextOverflowError(
                 f"the session's next prompt has {len(draft.ids)} tokens; expected at most {context - 1} of the model's "
                 f"{context} positions, and {context - reserve} to leave {reserve} for the answer; {advice}"
@@ -158,13 +156,14 @@ class Draft:
     def complete(self, tokenizer: Tokenizer, answer: Answer) -> Turn:
         """The turn with its answer.
 
-        Tokens whose text is no part of the answer's are left to the next prompt's text: those that ended it, by their
-        own meaning or with a stop string, half a character at its end, special tokens inside it.
+        The answer's tokens are kept where they are its text to the letter, but for one that ended it. Where they are not,
+        for a stop string that was cut off, half a character or a special token inside, the next prompt encodes its text.
         """
-        count = _count_shown(tokenizer, self.ids, answer.tokens, answer.text)
-        ids = answer.tokens[:count]
-        text = self.turn.text + _text_after(tokenizer, self.ids, ids)
-        return replace(self.turn, answer=self.turn.answer + answer.text, text=text, ids=self.turn.ids + ids)
+        turn = replace(self.turn, answer=self.turn.answer + answer.text)
+        for tokens in (answer.tokens, answer.tokens[:-1]):
+            if _stand_for(tokenizer, self.ids, tokens, answer.text):
+                return replace(turn, text=turn.text + answer.text, ids=turn.ids + tokens)
+        return turn
 
 
 def begin(
@@ -211,24 +210,6 @@ def _messages_of(turns: Sequence[Turn]) -> list[Message]:
     return [message for pair in pairs for message in pair]
 
 
-def _text_after(tokenizer: Tokenizer, before: Sequence[int], ids: Sequence[int]) -> str:
-    """What tokens add to the text of those before them; the first token of a text may lose its space."""
-    return tokenizer.decode([*before[-1:], *ids])[len(tokenizer.decode(before[-1:])) :]
-
-
 def _stand_for(tokenizer: Tokenizer, before: Sequence[int], ids: Sequence[int], text: str) -> bool:
+    """Whether tokens are this text to the letter, behind the one before them: the first of all may lose its space."""
     return tokenizer.decode([*before[-1:], *ids]) == tokenizer.decode(before[-1:]) + text
-
-
-def _count_shown(tokenizer: Tokenizer, before: Sequence[int], ids: Sequence[int], text: str) -> int:
-    """How many of an answer's tokens are a beginning of its text, to the letter."""
-
-    def is_shown(count: int, unfinished: str = "") -> bool:
-        return text.startswith(_text_after(tokenizer, before, ids[:count]).rstrip(unfinished))
-
-    for count in (len(ids), len(ids) - 1):  # nearly always: cut off, or ended by a token
-        if count >= 0 and is_shown(count):
-            return count
-    counts = range(1, len(ids) + 1)
-    most = bisect_left(counts, True, key=lambda count: not is_shown(count, "\ufffd"))
-    return next(count for count in range(most, -1, -1) if is_shown(count))
