@@ -21,7 +21,7 @@ COMMANDS = {
     "/again": ("", "another answer to your last message (also /regenerate)"),
     "/undo": ("", "take back your last message and its answer"),
     "/system": ("[TEXT]", "show what the model is told first, or tell it something else; '-' for nothing"),
-    "/save": ("FILE", "save the conversation as FILE.safetensors"),
+    "/save": ("FILE", "save the conversation; FILE ends in .safetensors"),
     "/load": ("FILE", "go on with a saved one instead"),
     "/stats": ("", "tokens, speed, memory"),
     "/quit": ("", "leave (also /exit, Ctrl-D)"),
@@ -87,10 +87,12 @@ class Chat:
 
     def _answer(self, start: Callable[[], AnswerStream]) -> None:
         with _ctrl_c_stops(start) as stream:
-            for chunk in stream:
-                sys.stdout.write(chunk.text)
-                sys.stdout.flush()
-        print(flush=True)
+            try:
+                for chunk in stream:
+                    sys.stdout.write(chunk.text)
+                    sys.stdout.flush()
+            finally:
+                print(flush=True)
         answer = stream.request.result()
         stats = answer.stats
         self._last_stats = (
