@@ -14,23 +14,27 @@ import threading
 import time
 
 _PATIENCE_S = 2.0  # it takes microseconds
-_threads: dict[int, threading.Thread] = {}
+_threads: dict[int, threading.Thread] = {}  # by native id, which the operating system may give again
+_lock = threading.Lock()
 
 
 def wait_for_this_thread_at_exit() -> None:
     """To be called by whatever computes; costs a dictionary look-up from the second time on."""
     thread = threading.current_thread()
-    if thread is threading.main_thread() or thread.native_id in _threads or thread.native_id is None:
+    native_id = thread.native_id
+    if thread is threading.main_thread() or native_id is None or _threads.get(native_id) is thread:
         return
-    if not _threads:
-        atexit.register(wait_for_ended_threads)
-    _threads[thread.native_id] = thread
+    with _lock:
+        for gone in [each for each in _threads.items() if not _is_there(*each)]:
+            del _threads[gone[0]]
+        _threads[native_id] = thread
 
 
+@atexit.register
 def wait_for_ended_threads() -> None:
     """Returns when no thread that has ended for Python is still there for the operating system."""
     until_s = time.monotonic() + _PATIENCE_S
-    for native_id, thread in _threads.items():
+    for native_id, thread in list(_threads.items()):
         while not thread.is_alive() and _is_there(native_id, thread) and time.monotonic() < until_s:
             time.sleep(0.0005)
 

@@ -7,7 +7,9 @@ import contextlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from ..errors import InputError
 from ..generate.answer import GenerationChunk
+from ..thread_end import wait_for_this_thread_at_exit
 from .request import Request
 
 
@@ -59,7 +61,7 @@ class AsyncAnswerStream:
         self._submit = submit
         self._request: Request | None = None
         self._news: asyncio.Event | None = None
-        self._closed = False
+        self._submitting = self._closed = False
 
     @property
     def request(self) -> Request | None:
@@ -70,9 +72,10 @@ class AsyncAnswerStream:
         return self
 
     async def __anext__(self) -> GenerationChunk:
-        if self._closed:
-            raise StopAsyncIteration
         request = self._request or await self._begin()
+        if self._closed:
+            request.cancel()
+            raise StopAsyncIteration
         news = self._news
         assert news is not None
         try:
@@ -105,13 +108,23 @@ class AsyncAnswerStream:
             self._request.cancel()
 
     async def _begin(self) -> Request:
+        if self._closed:
+            raise StopAsyncIteration
+        if self._submitting:
+            raise InputError(
+                "a second task waits for the first chunk; expected one task a stream; ask for another stream"
+            )
         loop = asyncio.get_running_loop()
+        self._submitting = True
         submitting: Future[Request] = _submitters.submit(self._submit)
         try:
             request = await asyncio.wrap_future(submitting)
         except asyncio.CancelledError:
+            self._closed = True
             submitting.add_done_callback(_cancel_submitted)
             raise
+        finally:
+            self._submitting = False
         news = asyncio.Event()
         self._request, self._news = request, news
 
@@ -124,7 +137,7 @@ class AsyncAnswerStream:
 
 
 # Not the loop's own executor, which an app's slow calls may have filled.
-_submitters = ThreadPoolExecutor(2, thread_name_prefix="arcee_mlx-submit")
+_submitters = ThreadPoolExecutor(2, thread_name_prefix="arcee_mlx-submit", initializer=wait_for_this_thread_at_exit)
 
 
 def _cancel_submitted(submitting: Future[Request]) -> None:

@@ -7,6 +7,7 @@ those of a row that stayed. mlx-lm computes one step ahead of the tokens it give
 from __future__ import annotations
 
 from collections.abc import Generator
+from typing import Any
 
 import mlx.core as mx
 
@@ -31,10 +32,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def join(self, row: ActiveRow) -> None:
-        """Takes a row in whose cache holds all its ids but the last; it is copied."""
+    def begin(self, row: ActiveRow) -> Any:
+        """Samples the first token of a row whose cache holds all its ids but the last; `join` takes what it gives."""
         uid, self._next_uid = self._next_uid, self._next_uid + 1
-        alone = self._generate.GenerationBatch(
+        return self._generate.GenerationBatch(
             self._model,
             [uid],
             mx.array(row.ids[-1:]),
@@ -46,29 +47,37 @@ class Batch:
             [self._generate.StopSequences()],
             [_NO_LIMIT],
         )
+
+    def join(self, row: ActiveRow, begun: Any) -> None:
+        """Takes a row in; its cache was copied."""
+        self._rows[begun.uids[0]] = row
         row.cache = []
-        self._batch.extend(alone)
-        self._rows[uid] = row
+        self._batch.extend(begun)
 
     def step(self) -> list[tuple[ActiveRow, int, mx.array]]:
         """One token of each row, with the scores (V,) it was drawn from; its keys and values are in the cache by then."""
         return [(self._rows[r.uid], r.token, r.logprobs) for r in self._batch.next()]
 
-    def leave(self, row: ActiveRow, *, with_cache: bool) -> int:
-        """Takes a row out, if asked with a copy of its cache, which holds all tokens that were given out.
+    def extract(self, row: ActiveRow) -> list[Any]:
+        """A copy of a row's cache, which holds all tokens that were given out."""
+        cache = self._batch.extract_cache(self._place(row))
+        mx.eval([layer.state for layer in cache])
+        return cache
+
+    def leave(self, row: ActiveRow) -> int:
+        """Takes a row out.
 
         Returns:
-            the token that was drawn one step ahead. With it as its last id the row may join again.
+            the token that was drawn one step ahead. With it as its last id the row may begin again.
         """
-        uid = next(uid for uid, other in self._rows.items() if other is row)
-        place = self._batch.uids.index(uid)
+        place = self._place(row)
         drawn = self._batch._next_tokens[place].item()
-        if with_cache:
-            row.cache = self._batch.extract_cache(place)
-            mx.eval([layer.state for layer in row.cache])
+        del self._rows[self._batch.uids[place]]
         self._batch.filter([i for i in range(len(self._batch)) if i != place])
-        del self._rows[uid]
         return drawn
+
+    def _place(self, row: ActiveRow) -> int:
+        return next(i for i, uid in enumerate(self._batch.uids) if self._rows[uid] is row)
 
 
 def step_alone(model: ArceeForCausalLM, row: ActiveRow) -> Generator[tuple[int, mx.array]]:

@@ -25,10 +25,9 @@ from ..generate.request import Prompt, read_request
 from ..generate.request import Request as CheckedRequest
 from ..generate.sampling import LogitsProcessor
 from ..model.config import ArceeConfig
-from ..thread_end import wait_for_ended_threads
 from .answer_stream import AnswerStream, AsyncAnswerStream
-from .owner import Owner, OwnerSettings, closed_error
-from .request import OnEnd, Request, check_buffer, check_deadline
+from .owner import Owner, OwnerSettings
+from .request import OnEnd, Request, check_buffer, check_deadline, closed_error
 from .scheduler import EngineStats, Scheduler
 from .session import Session
 from .session_file import load_session
@@ -44,7 +43,6 @@ def _stop_owners() -> None:
         owner.stop()
     for owner in list(_owners):
         owner.join()
-    wait_for_ended_threads()
 
 
 class Engine:
@@ -195,6 +193,8 @@ class Engine:
         """
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise InputError(f"n is {n!r}; expected an integer of at least 1")
+        if n > self._most_requests:
+            raise InputError(f"n is {n}; expected at most {self._most_requests}, max_batch_size and max_queue together")
         first = self._check(prompt, options, deadline_s)
         if n > 1 and first.options.temp == 0:
             raise InputError(f"n is {n} without a temperature: all answers would be the same; give temp over 0")
@@ -238,6 +238,7 @@ class Engine:
         What `submit` raises is raised when the first chunk is asked for.
         """
         check_buffer(buffer_chunks)
+        self._check_open()
         given = (prompt, options, logits_processors, deadline_s, wait, buffer_chunks)
         return AsyncAnswerStream(lambda: self._submit_one(*given))
 
@@ -342,15 +343,14 @@ class Engine:
             for checked in each
         ]
         with self._admission:
-            self._check_open()
-            open_now = sum(request.state not in ("done", "failed") for request in self._open_requests)
-            if open_now + len(requests) > self._most_requests:
+            open_now = [request for request in self._open_requests if not request.has_ended]
+            if len(open_now) + len(requests) > self._most_requests:
                 raise QueueFullError(
-                    f"{open_now} requests are open; expected at most {self._most_requests}, max_batch_size and max_queue "
-                    f"together, with the new ones; try again when one has ended"
+                    f"{len(open_now)} requests are open; expected at most {self._most_requests}, max_batch_size and "
+                    f"max_queue together, with the new ones; try again when some have ended"
                 )
-            self._open_requests.update(requests)
             self._owner.submit(requests)
+            self._open_requests = weakref.WeakSet([*open_now, *requests])
         return requests
 
     def _scheduler(self) -> Scheduler:

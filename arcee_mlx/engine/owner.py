@@ -13,13 +13,12 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..checkpoint.tokenizer import Tokenizer
-from ..errors import EngineClosedError
 from ..model.config import ArceeConfig
 from ..model.decoder import ArceeForCausalLM
 from ..thread_end import wait_for_this_thread_at_exit
 from .memory import MemoryBudget, make_budget
 from .prefix_cache import PrefixCache
-from .request import Request
+from .request import Request, closed_error
 from .scheduler import Scheduler
 
 T = TypeVar("T")
@@ -58,6 +57,7 @@ class Owner(threading.Thread):
         self._settings = settings
         # Puts from finalizers must not wait for a lock that their own thread may hold: SimpleQueue's do not.
         self._inbox: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._door = threading.Lock()  # who puts a request in either sees that it is stopping, or is answered
         self._stopping = False
         self._wired_before: int | None = None
 
@@ -73,13 +73,19 @@ class Owner(threading.Thread):
         self._inbox.put(None)
 
     def stop(self) -> None:
-        """Asks for the end; `join` waits for it, for no more than a step or a chunk."""
+        """Asks for the end; `join` waits for it, for no more than a step or a chunk. Takes no lock: finalizers call it."""
         self._stopping = True
         self.wake()
 
     def submit(self, requests: list[Request]) -> None:
-        """Puts requests in line, one behind the other."""
-        self._inbox.put(lambda: self.scheduler.submit(requests))
+        """Puts requests in line, one behind the other.
+
+        Raises: EngineClosedError.
+        """
+        with self._door:
+            if self.is_stopping:
+                raise closed_error()
+            self._inbox.put(lambda: self.scheduler.submit(requests))
 
     def call(self, function: Callable[[], T]) -> T:
         """Runs a function on the owner thread, between two steps, and gives what it gives.
@@ -92,17 +98,17 @@ class Owner(threading.Thread):
 
         def run() -> None:
             try:
+                if self._stopping:
+                    raise closed_error()
                 future.set_result(function())
             except BaseException as error:
                 future.set_exception(error)
 
-        self._inbox.put(run)
-        while True:
-            try:
-                return future.result(timeout=1)
-            except TimeoutError:
-                if not self.is_alive() and not future.done():
-                    raise closed_error() from None
+        with self._door:
+            if self.is_stopping:
+                raise closed_error()
+            self._inbox.put(run)
+        return future.result()
 
     # The thread.
 
@@ -120,7 +126,6 @@ class Owner(threading.Thread):
                 self._read_inbox()
                 self.scheduler.turn()
         finally:
-            self._stopping = True
             self._free()
 
     def _begin(self) -> None:
@@ -157,21 +162,18 @@ class Owner(threading.Thread):
                 wait = False
                 if message is not None:
                     message()
+                message = None  # while it waits it is to keep nothing in memory
         except queue.Empty:
             pass
 
     def _free(self) -> None:
+        with self._door:
+            self._stopping = True
         while not self._inbox.empty():
-            message = self._inbox.get()
-            if message is not None:
+            if message := self._inbox.get():
                 message()
         self.scheduler.fail_all(closed_error())
         if self._wired_before is not None:
             mx.set_wired_limit(self._wired_before)
         del self.scheduler
         mx.clear_cache()
-
-
-def closed_error() -> EngineClosedError:
-    """What every call to a closed engine, and every request it left unanswered, gets."""
-    return EngineClosedError("the engine is closed; expected an open one; load another with Engine.load")

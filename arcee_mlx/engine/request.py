@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from ..errors import InputError
+from ..errors import EngineClosedError, InputError
 from ..generate.answer import Answer, GenerationChunk, GenerationStats, join_chunks
 from ..generate.options import StopReason
 from ..generate.request import Request as CheckedRequest
@@ -52,6 +53,7 @@ class Request:
         self.deadline_s = None if deadline_s is None else time.monotonic() + deadline_s
         self.cancel_asked = False
         self._wake, self._on_end = wake, on_end
+        self._process = os.getpid()
         self._changed = threading.Condition()
         self._chunks: list[GenerationChunk] = []
         self._read = 0
@@ -65,12 +67,17 @@ class Request:
         """How far it is. "done" includes answers that were cancelled or met their deadline: see `stop_reason`."""
         return self._state
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is done or failed."""
+        return self._state in ("done", "failed")
+
     def cancel(self) -> None:
         """Ends the answer before its next token, or its prompt before the next chunk; later calls do nothing.
 
         `result` then gives what was made, with stop_reason "cancelled". May be called from anywhere, finalizers included.
         """
-        if self._state not in ("done", "failed"):
+        if not self.has_ended:
             self.cancel_asked = True  # no lock: a finalizer may run in a thread that holds it
             self._wake()
 
@@ -84,19 +91,22 @@ class Request:
             TimeoutError: the answer is not complete yet.
             ArceeError: what it failed with.
         """
+        self._check_process()
         with self._changed:
-            if not self._changed.wait_for(lambda: self._state in ("done", "failed"), timeout_s):
+            if not self._changed.wait_for(lambda: self.has_ended, timeout_s):
                 raise TimeoutError(f"the request is {self._state} after {timeout_s} s; wait longer, or cancel it")
             return self._take_answer()
 
     def next_chunk(self) -> GenerationChunk | None:
         """Waits for the next chunk no reader took; None at the end. See `result` for what it raises."""
+        self._check_process()
         with self._changed:
             self._changed.wait_for(self._has_news)
             return self._take_chunk()
 
     def next_chunk_now(self) -> GenerationChunk | None | Literal["not yet"]:
         """The same without waiting."""
+        self._check_process()
         with self._changed:
             return self._take_chunk() if self._has_news() else "not yet"
 
@@ -106,27 +116,31 @@ class Request:
             self._listener = listener
 
     def _has_news(self) -> bool:
-        return self._read < len(self._chunks) or self._state in ("done", "failed")
+        return self._read < len(self._chunks) or self.has_ended
 
     def _take_chunk(self) -> GenerationChunk | None:
         if self._read == len(self._chunks):
             self._take_answer()
             return None
         chunk = self._chunks[self._read]
-        was_full = self._is_full()
+        had_followed = self._has_followed()
         self._read += 1
-        if was_full and not self._is_full():
+        if self._has_followed() and not had_followed:
             self._wake()
         return chunk
 
     def _take_answer(self) -> Answer:
         if self._error is not None:
-            raise self._error
+            raise self._error.with_traceback(None)  # or every call would add its frames
         assert self._answer is not None
         return self._answer
 
-    def _is_full(self) -> bool:
-        return self.buffer_chunks is not None and len(self._chunks) - self._read >= self.buffer_chunks
+    def _has_followed(self) -> bool:
+        return self.buffer_chunks is None or len(self._chunks) - self._read <= self.buffer_chunks // 2
+
+    def _check_process(self) -> None:
+        if self._process != os.getpid():  # the engine's thread is not in this one
+            raise closed_error()
 
     # From here on for the owner thread only.
 
@@ -134,7 +148,13 @@ class Request:
     def reader_is_behind(self) -> bool:
         """Whether the reader has as many chunks to read as may wait for it."""
         with self._changed:
-            return self._is_full()
+            return self.buffer_chunks is not None and len(self._chunks) - self._read >= self.buffer_chunks
+
+    @property
+    def reader_has_followed(self) -> bool:
+        """Whether it has read half of them again, so that going on is worth its while."""
+        with self._changed:
+            return self._has_followed()
 
     @property
     def ended_early(self) -> StopReason | None:
@@ -211,3 +231,8 @@ def check_buffer(buffer_chunks: int) -> None:
     """Raises InputError unless it is a number of chunks."""
     if type(buffer_chunks) is not int or buffer_chunks < 1:
         raise InputError(f"buffer_chunks is {buffer_chunks!r}; expected an integer of at least 1")
+
+
+def closed_error() -> EngineClosedError:
+    """What every call to a closed engine, and every request it left unanswered, gets."""
+    return EngineClosedError("the engine is closed; expected an open one; load another with Engine.load")

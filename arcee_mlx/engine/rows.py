@@ -26,6 +26,7 @@ class ActiveRow:
         cached_tokens: of them, those that were there already.
         steps: its tokens, of a row that decodes alone.
         error: what its sampler or one of its processors raised.
+        error_token: which token of the answer, from 0 on, it was to sample; steps run ahead of the tokens given.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class ActiveRow:
         self.read_tokens = self.cached_tokens = cached_tokens
         self.steps: Generator[tuple[int, mx.array]] | None = None
         self.error: BaseException | None = None
+        self.error_token = self._sampled = 0
         self.row = Row(
             model,
             tokenizer,
@@ -60,6 +62,11 @@ class ActiveRow:
         """Of the prompt, but for its last token, with which decoding begins."""
         return len(self.request.checked.ids) - 1 - self.read_tokens
 
+    def check(self) -> None:
+        """Raises what was raised when the next token was sampled."""
+        if self.error is not None and len(self.ids) - len(self.request.checked.ids) >= self.error_token:
+            raise self.error
+
     def _guard_processor(self, process: LogitsProcessor) -> LogitsProcessor:
         def call(tokens: mx.array, logits: mx.array) -> mx.array:
             if self.error is None:
@@ -67,7 +74,7 @@ class ActiveRow:
                     # Another dtype would become that of the whole batch.
                     return process(tokens, logits).astype(logits.dtype)
                 except BaseException as error:  # SystemExit, too, is this request's alone
-                    self.error = _as_arcee_error(error)
+                    self.error, self.error_token = _as_arcee_error(error), self._sampled
             return logits
 
         return call
@@ -78,7 +85,9 @@ class ActiveRow:
                 try:
                     return sample(logprobs)
                 except BaseException as error:
-                    self.error = _as_arcee_error(error)
+                    self.error, self.error_token = _as_arcee_error(error), self._sampled
+                finally:
+                    self._sampled += 1
             return mx.argmax(logprobs, axis=-1)
 
         return call

@@ -7,16 +7,18 @@ What fails in a request fails it alone. What fails in the batch fails all in it,
 from __future__ import annotations
 
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import mlx.core as mx
 
 from ..checkpoint.tokenizer import Tokenizer
-from ..errors import ArceeError, DeviceError, MemoryBudgetError
-from ..generate.options import StopReason
+from ..errors import ArceeError, DeviceError
 from ..generate.prefill import fill_cache, make_prompt_cache
 from ..generate.prompt_cache import hash_weights
 from ..model.decoder import ArceeForCausalLM
@@ -25,6 +27,8 @@ from .memory import MemoryBudget, RequestSize
 from .prefix_cache import PrefixCache, kind_of
 from .request import Request
 from .rows import ActiveRow
+
+CLEAR_STEPS = 256  # as mlx-lm
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ class Scheduler:
         self._decoding: list[ActiveRow] = []
         self._paused: list[ActiveRow] = []
         self._batch = Batch(model)
+        self._depends_on_length = model.model.rotary_emb.depends_on_length
         self._done = self._failed = 0
         self._prompt_tokens = self._computed_prompt_tokens = self._generated_tokens = self._decode_steps = 0
 
@@ -103,7 +108,8 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether a turn would compute something."""
-        return bool(self._decoding or self._prefilling or (self._waiting and not self._paused))
+        can_resume = any(row.request.reader_has_followed for row in self._paused)
+        return bool(self._decoding or self._prefilling or can_resume or self._size_of_next())
 
     @property
     def seconds_to_deadline(self) -> float | None:
@@ -115,15 +121,12 @@ class Scheduler:
     def submit(self, requests: list[Request]) -> None:
         """Puts requests in line, one behind the other; those that may not wait for memory fail if they would."""
         for request in requests:
-            others = [
-                *(row.size for row in self._rows()),
-                *(self._measure(waiting) for waiting in self._waiting),
-            ]
             try:
                 if not request.may_wait:
+                    others = [row.size for row in self._rows()] + [self._measure(each) for each in self._waiting]
                     self._budget.check_beside(self._measure(request), others)
                 self._waiting.append(request)
-            except MemoryBudgetError as error:
+            except Exception as error:
                 self._fail(request, error)
 
     def turn(self) -> None:
@@ -132,7 +135,10 @@ class Scheduler:
         self._resume_and_pause()
         self._let_in()
         self._read_prompt()
+        self._end_early()  # a chunk takes long, and the next step is not to begin after a cancel
         self._decode()
+        if not self.has_work or self._decode_steps % CLEAR_STEPS == 0:
+            mx.clear_cache()  # buffers of caches that have grown, which fit nothing any more
 
     def fail_all(self, error: BaseException) -> None:
         """Ends every request with an error, and lets go of all they hold."""
@@ -167,49 +173,63 @@ class Scheduler:
         return [*self._decoding, *self._paused, *([self._prefilling] if self._prefilling else [])]
 
     def _end_early(self) -> None:
-        for request in list(self._waiting):
-            if reason := request.ended_early:
-                self._waiting.remove(request)
-                self._guard([], partial(self._end, request, reason), request)
-        for row in self._rows():
-            if reason := row.request.ended_early:
-                self._remove(row, keep=True)
-                self._guard([], partial(self._end, row.request, reason), row.request)
+        for request in [request for request in self._waiting if request.ended_early]:
+            self._waiting.remove(request)
+            self._guard([], partial(self._end, request), request)
+        for row in [row for row in self._rows() if row.request.ended_early]:
+            self._keep_answer(row)
+            self._remove(row)
+            self._guard([], partial(self._end, row.request), row.request)
 
-    def _end(self, request: Request, reason: StopReason) -> None:
-        if request.state != "failed":  # with its batch, just now
-            request.end(reason)
+    def _end(self, request: Request) -> None:
+        if not request.has_ended:  # it may have failed with its batch meanwhile
             self._done += 1
+            request.end(request.ended_early or "cancelled")
 
     def _resume_and_pause(self) -> None:
-        for row in list(self._paused):
-            if not row.request.reader_is_behind:
-                self._paused.remove(row)
-                self._guard([row], partial(self._start, row))
+        for row in [row for row in self._paused if row.request.reader_has_followed][: self._places]:
+            self._paused.remove(row)
+            self._guard([row], partial(self._start, row))
         for row in [row for row in self._decoding if row.request.reader_is_behind]:
-            if row.steps is None:
-                self._guard_batch(partial(self._pause, row))
-            else:
-                self._decoding.remove(row)
-                self._paused.append(row)
+            self._guard([row], partial(self._pause, row))
 
     def _pause(self, row: ActiveRow) -> None:
-        token = self._batch.leave(row, with_cache=True)
+        if row.request.has_ended:  # it failed with its batch
+            return
+        if row.steps is None:
+            row.cache = self._batch.extract(row)
         self._decoding.remove(row)
         self._paused.append(row)
-        self._guard([row], partial(self._take, row, token))
+        if row.steps is None:
+            drawn: list[int] = []
+            self._guard_batch(lambda: drawn.append(self._batch.leave(row)), row)
+            for token in drawn:
+                self._take(row, token)
 
     def _let_in(self) -> None:
-        while self._waiting and not self._prefilling and len(self._rows()) < self._max_batch_size:
-            request = self._waiting[0]
-            size = self._measure(request)
-            sizes = [*(row.size for row in self._rows()), size]
-            needed = self._budget.predict(sizes)
-            self.prefixes.shrink(max(0, self._budget.limit_bytes - needed))
-            if needed > self._budget.limit_bytes and len(sizes) > 1:
-                return  # until a row ends; alone it fits, which was checked when it came
-            self._waiting.popleft()
+        if size := self._size_of_next():
+            request = self._waiting.popleft()
+            self._make_room(size)
             self._guard([], partial(self._open, request, size), request)
+
+    @property
+    def _places(self) -> int:
+        return max(0, self._max_batch_size - len(self._decoding) - bool(self._prefilling))
+
+    def _size_of_next(self) -> RequestSize | None:
+        """What the first in line takes, if it may come in now."""
+        if not self._waiting or self._prefilling or not self._places:
+            return None
+        size = self._measure(self._waiting[0])
+        sizes = [row.size for row in self._rows()]
+        # Alone it fits, which was checked when it came.
+        fits = not sizes or self._budget.predict([*sizes, size]) <= self._budget.limit_bytes
+        return size if fits else None
+
+    def _make_room(self, *sizes: RequestSize) -> None:
+        """Gives up prefixes that all rows, and these requests, leave no room for."""
+        needed = self._budget.predict([*(row.size for row in self._rows()), *sizes])
+        self.prefixes.shrink(max(0, self._budget.limit_bytes - needed))
 
     def _open(self, request: Request, size: RequestSize) -> None:
         checked = request.checked
@@ -229,24 +249,29 @@ class Scheduler:
 
     def _read_chunk(self, row: ActiveRow) -> None:
         if row.unread_tokens:
-            step = min(self._prefill_step_size, row.request.checked.options.prefill_step_size)
-            count = min(step, row.unread_tokens)
+            count = min(row.unread_tokens, self._chunk_tokens(row.request))
             fill_cache(self._model, row.cache, row.ids[row.read_tokens : row.read_tokens + count], count)
             row.read_tokens += count
-        if row.unread_tokens:
+        if row.unread_tokens or row.request.ended_early:
             return
         if row.read_tokens > row.cached_tokens and not row.size.is_alone:
-            self.prefixes.insert(row.ids[: row.read_tokens], row.cache)
+            self._keep_prefix(row.ids[: row.read_tokens], row.cache)
         self._prefilling = None
         row.request.move_to("generating")
         self._start(row)
+
+    def _chunk_tokens(self, request: Request) -> int:
+        asked = request.checked.options.prefill_step_size
+        # Where the rope's table depends on the length, its keys do on where the chunks end: as they would for `generate`.
+        return asked if self._depends_on_length else min(asked, self._prefill_step_size)
 
     def _start(self, row: ActiveRow) -> None:
         if row.size.is_alone:
             row.steps = row.steps or step_alone(self._model, row)
         else:
-            self._guard_batch(partial(self._batch.join, row), row)
-        if row.request.state == "generating":
+            begun = self._batch.begin(row)
+            self._guard_batch(partial(self._batch.join, row, begun), row)
+        if not row.request.has_ended:
             self._decoding.append(row)
 
     def _decode(self) -> None:
@@ -264,10 +289,9 @@ class Scheduler:
         made.append((row, *next(row.steps)))
 
     def _take(self, row: ActiveRow, token: int, scores: mx.array | None = None) -> None:
-        if row.request.state != "generating":  # it failed meanwhile, with its batch
+        if row.request.has_ended:  # it failed meanwhile, with its batch
             return
-        if row.error is not None:
-            raise row.error
+        row.check()
         first = len(row.ids) == len(row.request.checked.ids)
         if first and scores is not None and bool(mx.isnan(scores[token])):
             raise ArceeError("the model computes NaN; expected finite numbers; check its weights and processors")
@@ -275,25 +299,38 @@ class Scheduler:
         self._generated_tokens += 1
         chunk = row.row.add(token)
         if chunk.stop_reason is not None:
-            self._remove(row, keep=True)
+            self._keep_answer(row)
+            self._remove(row)
             self._done += 1
         row.request.add(chunk)
 
-    def _remove(self, row: ActiveRow, *, keep: bool = False) -> None:
-        """Takes a row out of all lists and its batch; its cache is kept for later prompts unless it failed."""
-        keep = keep and row.request.checked.options.max_kv_size is None
+    def _keep_answer(self, row: ActiveRow) -> None:
+        """Keeps the cache of a row that ended well, for prompts that go on from there."""
+        if self.prefixes.limit_bytes and row.request.checked.options.max_kv_size is None:
+            with suppress(Exception):  # at worst a later prompt takes longer
+                in_batch = row.steps is None and row in self._decoding
+                cache = self._batch.extract(row) if in_batch else row.cache
+                self._keep_prefix(row.ids[: cache[0].offset], cache)
+
+    def _keep_prefix(self, ids: list[int], cache: list[Any]) -> None:
+        if not self._depends_on_length:  # its keys would be those of another prompt's length
+            self.prefixes.insert(ids, cache)
+            self._make_room()
+
+    def _remove(self, row: ActiveRow) -> None:
+        """Takes a row out of all lists and its batch, whatever it takes."""
         if row.steps is not None:
-            row.steps.close()
+            with suppress(Exception):
+                row.steps.close()
         if row is self._prefilling:
             self._prefilling = None
         elif row in self._paused:
             self._paused.remove(row)
-        else:
+        elif row in self._decoding:
             self._decoding.remove(row)
             if row.steps is None:
-                self._guard_batch(partial(self._batch.leave, row, with_cache=keep))
-        if keep and row.cache:
-            self.prefixes.insert(row.ids[: row.cache[0].offset], row.cache)
+                self._guard_batch(partial(self._batch.leave, row))
+        row.cache = []
 
     def _guard(self, rows: list[ActiveRow], work: Callable[[], object], request: Request | None = None) -> None:
         """Does what concerns these rows, or this request, alone; what it raises ends them alone."""
@@ -301,27 +338,26 @@ class Scheduler:
             work()
         except BaseException as error:
             for row in rows:
-                if row in self._rows():
-                    self._remove(row)
+                self._remove(row)
             for failed in [*(row.request for row in rows), *([request] if request else [])]:
                 self._fail(failed, error)
 
-    def _guard_batch(self, work: Callable[[], object], joining: ActiveRow | None = None) -> None:
-        """Does what concerns the batch; what it raises ends all rows in it, and a new one takes its place."""
+    def _guard_batch(self, work: Callable[[], object], row: ActiveRow | None = None) -> None:
+        """Does what concerns the batch; what it raises ends all rows in it, and this one, and a new one takes its place."""
         try:
             work()
         except BaseException as error:
-            rows = [row for row in self._decoding if row.steps is None] + ([joining] if joining else [])
-            self._decoding = [row for row in self._decoding if row.steps is not None]
+            failed = [each for each in self._decoding if each.steps is None] + ([row] if row else [])
+            self._decoding = [each for each in self._decoding if each.steps is not None]
             self._batch = Batch(self._model)
-            for row in rows:
-                self._fail(row.request, error)
+            for each in failed:
+                self._remove(each)
+                self._fail(each.request, error)
 
     def _fail(self, request: Request, error: BaseException) -> None:
-        if request.state in ("done", "failed"):
-            return
-        self._failed += 1
-        request.fail(_as_arcee_error(error))
+        if not request.has_ended:
+            self._failed += 1
+            request.fail(_without_frames(_as_arcee_error(error)))
 
 
 def _as_arcee_error(error: BaseException) -> BaseException:
@@ -333,3 +369,13 @@ def _as_arcee_error(error: BaseException) -> BaseException:
         wrapped = ArceeError(f"computing failed with {type(error).__name__}: {error}; please report it")
     wrapped.__cause__ = error
     return wrapped
+
+
+def _without_frames(error: BaseException) -> BaseException:
+    """The same with its tracebacks as text: as frames they would keep the model in memory as long as the error is kept."""
+    if error.__cause__ is not None and error.__cause__.__traceback__ is not None:
+        error.add_note("On the engine's thread:\n" + "".join(traceback.format_exception(error.__cause__)))
+    each: BaseException | None = error
+    while each is not None:
+        each.__traceback__, each = None, each.__cause__ or each.__context__
+    return error
