@@ -1,11 +1,11 @@
-"""`arcee-mlx bench startup|batch|speculative|convert`: what the README quotes. Speed is always a ratio of two programs in one run."""
+"""`arcee-mlx bench BENCHMARK`: what the README quotes. Speed is always a ratio of two programs in one run."""
 
 from __future__ import annotations
 
 import argparse
 
 from ..errors import InputError
-from . import batch, convert, speculative, startup
+from . import batch, convert, decode, speculative, startup
 from .machine import describe_machine
 
 _BENCHMARKS = {
@@ -13,6 +13,7 @@ _BENCHMARKS = {
     "batch": (batch, "many prompts at once against one by one"),
     "speculative": (speculative, "one answer with drafts against without"),
     "convert": (convert, "converting a checkpoint: seconds, memory, closeness to the original"),
+    "decode": (decode, "tokens/s without the zeros of squared ReLU, against dense decoding and mlx-lm's way"),
 }
 
 
@@ -34,5 +35,9 @@ def run(args: argparse.Namespace) -> int:
     if args.runs is not None and args.runs < 1:
         raise InputError(f"--runs is {args.runs}; expected at least 1")
     machine = describe_machine()
-    print(f"{machine['date']}  {machine['platform']}  {machine['device']}  mlx {machine['mlx']}", flush=True)
+    print(
+        "  ".join(machine[name] for name in ("date", "platform", "chip", "memory", "device")),
+        f" mlx {machine['mlx']}",
+        flush=True,
+    )
     return _BENCHMARKS[args.benchmark][0].run(args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from datetime import date
 from importlib.metadata import version
@@ -10,10 +11,13 @@ import mlx.core as mx
 
 
 def describe_machine() -> dict[str, str]:
-    """Today's date, the platform, MLX's default device, and the versions of mlx and mlx_lm."""
+    """Today's date, the platform, the chip, memory, MLX's default device, and the versions of mlx and mlx_lm."""
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "date": str(date.today()),
         "platform": platform.platform(),
+        "chip": str(mx.device_info().get("device_name", "unknown")),
+        "memory": f"{memory_bytes / 2**30:.0f} GiB",
         "device": str(mx.default_device()),
         "mlx": version("mlx"),
         "mlx_lm": version("mlx-lm"),
