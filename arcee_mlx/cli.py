@@ -10,6 +10,7 @@ from .program import open_missing_streams, run_reporting
 
 COMMANDS = {
     "generate": ("arcee_mlx.generate.command", "write text with an Arcee model"),
+    "chat": ("arcee_mlx.engine.chat_command", "talk with an Arcee model"),
     "cache-prompt": ("arcee_mlx.generate.cache_command", "read a long prompt once, for later answers"),
     "convert": ("arcee_mlx.conversion.command", "convert a Hugging Face checkpoint to quantized MLX"),
     "inspect": ("arcee_mlx.inspection.command", "show what a checkpoint is, and what is odd about it or missing"),

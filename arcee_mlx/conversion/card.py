@@ -15,6 +15,14 @@ from .result import Conversion, describe_bytes, read_versions
 CARD_FILE = "README.md"
 # What the source's card says of rights and language holds for the conversion too; the rest of it is about the source.
 _KEPT_METADATA = ("license", "license_name", "license_link", "language")
+# What the hub calls the use of each class, and the call of that class's own.
+_TASKS = {
+    "ArceeForCausalLM": ("text-generation", ""),
+    "ArceeModel": ("feature-extraction", "last_hidden_state"),
+    "ArceeForSequenceClassification": ("text-classification", "logits"),
+    "ArceeForTokenClassification": ("token-classification", "logits"),
+    "ArceeForQuestionAnswering": ("question-answering", "start_logits"),
+}
 
 
 def write_card(folder: Path, conversion: Conversion, source_folder: Path, *, hub_id: str | None) -> None:
@@ -26,7 +34,11 @@ def write_card(folder: Path, conversion: Conversion, source_folder: Path, *, hub
         source_folder: whose card is read for licence and language.
         hub_id: of the source, which becomes `base_model`; None for a folder.
     """
-    metadata: dict[str, Any] = {"library_name": "mlx", "pipeline_tag": "text-generation", "tags": ["mlx", "arcee_mlx"]}
+    metadata: dict[str, Any] = {
+        "library_name": "mlx",
+        "pipeline_tag": _TASKS[conversion.architecture][0],
+        "tags": ["mlx", "arcee_mlx"],
+    }
     metadata |= _read_metadata(source_folder / CARD_FILE)
     if hub_id is not None:
         metadata["base_model"] = hub_id
@@ -82,11 +94,18 @@ def describe_command(conversion: Conversion) -> tuple[str, str]:
 
 def _describe_use(conversion: Conversion) -> list[str]:
     name = shlex.quote(conversion.folder.name)
+    output = _TASKS[conversion.architecture][1]
+    if output:
+        return [
+            "## Run it",
+            f"```python\nmodel = arcee_mlx.load_model({json.dumps(conversion.folder.name)})  # {conversion.architecture}\n"
+            f"print(model.forward(mx.array([[1, 2, 3]])).{output})  # token ids in\n```",
+        ]
     note = "mlx-lm's commands run on it through `python -m arcee_mlx.lm`, which makes this architecture known to them."
     if conversion.layout == "by_neuron":
         note += (
-            " Its down projections are stored by neuron, so that those of zero neurons need not be read; for DoRA, AWQ, GPTQ,"
-            " DWQ and programs with an Arcee model of their own convert with `--layout standard`."
+            " Its down projections are stored by neuron, so that decoding can leave out those of zero neurons; for DoRA, AWQ,"
+            " GPTQ, DWQ and programs with an Arcee model of their own convert with `--layout standard`."
         )
     return [
         "## Run it",

@@ -12,7 +12,8 @@ from typing import Any
 from ..checkpoint.files import TensorEntry, check_target
 from ..checkpoint.hub import resolve_folder
 from ..checkpoint.links import check_links, find_files
-from ..checkpoint.loading import OpenedModel, open_model
+from ..checkpoint.names import TASK_HEADS
+from ..checkpoint.opening import OpenedModel, open_model
 from ..errors import ConversionError, InputError
 from ..model.config import ArceeConfig, layout_entry, read_json
 from ..model.decoder import ArceeForCausalLM
@@ -83,7 +84,11 @@ def plan_conversion(
     source = _open_source(folder)
     entries = {key: source.checkpoint.entries[name] for key, name in source.names.items()}
     dtype = recipe.dtype or _own_dtype(source.config, entries)
-    layers = {path for path, module in source.model.named_modules() if hasattr(module, "to_quantized")}
+    layers = {
+        path
+        for path, module in source.model.named_modules()
+        if hasattr(module, "to_quantized") and path not in TASK_HEADS  # small, and what all else is for: floats
+    }
     layout = recipe.choose_layout(source.config.hidden_act)
     tensors = plan_tensors(
         entries, layers, recipe, dtype=dtype, layout=layout, num_layers=source.config.num_hidden_layers
@@ -93,6 +98,7 @@ def plan_conversion(
         source=hub_id or folder.resolve().name,
         revision=None if hub_id is None else folder.name,
         folder=target,
+        architecture=type(source.model).__name__,
         recipe=recipe,
         layout=layout,
         form=describe_form(tensors),

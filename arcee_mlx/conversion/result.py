@@ -24,6 +24,7 @@ class Conversion:
         source: the hub id, or the name of the source's folder.
         revision: the commit of a hub id.
         folder: of the converted checkpoint.
+        architecture: the class it is of, such as "ArceeForCausalLM".
         recipe: what was asked for.
         layout: of down projections: "standard" or "by_neuron".
         form: of the weights in words, such as "4 bits in groups of 64, bfloat16".
@@ -45,6 +46,7 @@ class Conversion:
 
     source: str
     folder: Path
+    architecture: str
     recipe: Recipe
     layout: str
     form: str
@@ -74,6 +76,7 @@ class Conversion:
             "source": self.source,
             "revision": self.revision,
             "folder": str(self.folder),
+            "architecture": self.architecture,
             "recipe": recipe_to_dict(self.recipe),
             "layout": self.layout,
             "form": self.form,

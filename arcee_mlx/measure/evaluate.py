@@ -15,7 +15,8 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint.loading import OpenedModel
+from ..checkpoint.names import strip_prefix
+from ..checkpoint.opening import OpenedModel
 from ..errors import InputError
 from ..model.decoder import DecoderLayer
 from ..model.inputs import check_ids
@@ -204,9 +205,7 @@ def _perplexity(losses: NDArray[Any]) -> float:
 def _count(opened: OpenedModel, part: str = "") -> int:
     """Bytes of the tensors whose path begins so; of all."""
     names = opened.names.items()
-    return sum(
-        opened.checkpoint.entries[name].nbytes for key, name in names if key.removeprefix("model.").startswith(part)
-    )
+    return sum(opened.checkpoint.entries[name].nbytes for key, name in names if strip_prefix(key).startswith(part))
 
 
 def _check_sizes(reference: OpenedModel, other: OpenedModel) -> None:
