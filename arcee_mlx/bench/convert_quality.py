@@ -65,7 +65,11 @@ def compare_conversions(
         assert comparison.kl_mean is not None  # mlx_lm converts causal models only
         divergences[name] = comparison.kl_mean
         stored = converted.config.down_proj_layout
-        values[name] = comparison.to_dict() | {"layout": stored, "output_bytes": output_bytes, "bits_per_weight": bits[name]}
+        values[name] = comparison.to_dict() | {
+            "layout": stored,
+            "output_bytes": output_bytes,
+            "bits_per_weight": bits[name],
+        }
         how = "calibrated" if calibrate and name == "arcee_mlx" else "rounded to nearest"
         how += ", by neuron" if stored == "by_neuron" else ""
         print(f"{name:9s}  {bits[name]:.3f} bits per weight, {how}: KL mean {comparison.kl_mean:.3e}, p99 {comparison.kl_p99:.3e}; "

@@ -160,7 +160,7 @@ def test_a_recipe_that_rounds_nothing_is_refused(source, text, tmp_path):
 
 
 def test_packed_scales_that_float16_holds_are_finite(source, text, tmp_path):
-    recipe = Recipe(quantization=GROUPS_OF_32, dtype="float16")
+    recipe = Recipe(quantization=GROUPS_OF_32, dtype="float16", layout="standard")
     convert(source, tmp_path / "out", recipe, calibrate=text, **OPTIONS)
     scales = {key: value for key, value in read_weights(tmp_path / "out").items() if key.endswith("scales")}
     assert scales and all(mx.isfinite(s).all().item() and (s > 0).all().item() for s in scales.values())
