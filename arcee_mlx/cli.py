@@ -13,6 +13,7 @@ COMMANDS = {
     "cache-prompt": ("arcee_mlx.generate.cache_command", "read a long prompt once, for later answers"),
     "convert": ("arcee_mlx.conversion.command", "convert a Hugging Face checkpoint to quantized MLX"),
     "inspect": ("arcee_mlx.inspection.command", "show what a checkpoint is, and what is odd about it or missing"),
+    "eval": ("arcee_mlx.measure.eval_command", "measure perplexity, closeness to another checkpoint, lm-eval's tasks"),
     "sparsity": ("arcee_mlx.measure.sparsity_command", "show how many neurons are zero, and what that promises"),
     "bench": ("arcee_mlx.bench.command", "measure speed as a ratio against mlx-lm"),
     "doctor": ("arcee_mlx.doctor.command", "check that this installation is sound"),
