@@ -42,6 +42,7 @@ from .inspection.run import inspect_checkpoint
 from .model.config import ArceeConfig
 from .model.decoder import ArceeForCausalLM, ArceeModel, BaseModelOutput, CausalLMOutput
 from .model.relu2.down import store_by_neuron
+from .tasks import TextScore, TokenScore, embed, score
 
 __all__ = [
     "DEMO_MODEL",
@@ -76,11 +77,14 @@ __all__ = [
     "QueueFullError",
     "Request",
     "Session",
+    "TextScore",
     "TokenLogprob",
+    "TokenScore",
     "Tokenizer",
     "TokenizerError",
     "beam_search",
     "cache_prompt",
+    "embed",
     "fuse_adapter",
     "generate",
     "generate_answers",
@@ -92,6 +96,7 @@ __all__ = [
     "load_prompt_cache",
     "save_checkpoint",
     "save_peft_adapter",
+    "score",
     "save_prompt_cache",
     "set_adapter",
     "store_by_neuron",

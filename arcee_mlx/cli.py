@@ -11,6 +11,8 @@ from .program import open_missing_streams, run_reporting
 COMMANDS = {
     "generate": ("arcee_mlx.generate.command", "write text with an Arcee model"),
     "cache-prompt": ("arcee_mlx.generate.cache_command", "read a long prompt once, for later answers"),
+    "score": ("arcee_mlx.tasks.score_command", "find how likely each line of a text is, token by token"),
+    "embed": ("arcee_mlx.tasks.embed_command", "turn each line of a text into a vector"),
     "convert": ("arcee_mlx.conversion.command", "convert a Hugging Face checkpoint to quantized MLX"),
     "inspect": ("arcee_mlx.inspection.command", "show what a checkpoint is, and what is odd about it or missing"),
     "eval": ("arcee_mlx.measure.eval_command", "measure perplexity, closeness to another checkpoint, lm-eval's tasks"),

@@ -129,8 +129,8 @@ def cut_windows(
     stride = window_tokens - 1 if stride is None else stride
     if window_tokens < 2 or not 1 <= stride < window_tokens or (max_windows is not None and max_windows < 1):
         raise InputError(
-            f"window_tokens is {window_tokens}, stride {stride} and max_windows {max_windows}; expected at least 2, 1 to "
-            f"window_tokens - 1, and at least 1; choose others"
+            f"sequence length {window_tokens}, stride {stride} and {'all' if max_windows is None else max_windows} windows; expected at least 2, 1 to "
+            f"{window_tokens - 1}, and at least 1; choose others"
         )
     encoding = tokenizer.encode_with_offsets(text, add_special_tokens=False)
     count = len(encoding.ids)
