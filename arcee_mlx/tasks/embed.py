@@ -31,8 +31,8 @@ def embed(
 ) -> NDArray[np.float32]:
     """Turns texts into vectors, as sentence-transformers does.
 
-    Vectors are those of one text at a time but for the order of float sums, normalized and in float32 within 1e-6 an
-    entry (measured on small models, MLX's CPU backend). Not measured on Metal.
+    Vectors are those of one text at a time, but for the order of float sums. Measured on the demo model, in float32: no
+    difference with the BLAS of MLX's Linux wheel, at most 1e-6 an entry with OpenBLAS. Not measured on Metal.
 
     Args:
         model: its decoder is used, the head is not.

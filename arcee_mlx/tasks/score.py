@@ -65,8 +65,8 @@ def score(
     What the tokenizer puts in front of a text, such as the token for the beginning of text, is read and not scored; with
     nothing in front the first token has no score. What it puts behind a text is left out. An empty text has no tokens.
 
-    Scores are those of one text at a time but for the order of float sums, in float32 within 1e-5 nats a token of small
-    models on MLX's CPU backend (measured). Not measured on Metal.
+    Scores are those of one text at a time, but for the order of float sums. Measured on the demo model, in float32: no
+    difference with the BLAS of MLX's Linux wheel, at most 8e-6 nats a token with OpenBLAS. Not measured on Metal.
 
     Args:
         texts: each as it is; no chat template is applied.
