@@ -41,6 +41,14 @@ from .inspection.results import Inspection
 from .inspection.run import inspect_checkpoint
 from .model.config import ArceeConfig
 from .model.decoder import ArceeForCausalLM, ArceeModel, BaseModelOutput, CausalLMOutput
+from .model.heads import (
+    ArceeForQuestionAnswering,
+    ArceeForSequenceClassification,
+    ArceeForTokenClassification,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
 from .model.relu2.down import store_by_neuron
 from .tasks import TextScore, TokenScore, embed, score
 
@@ -51,6 +59,9 @@ __all__ = [
     "ArceeConfig",
     "ArceeError",
     "ArceeForCausalLM",
+    "ArceeForQuestionAnswering",
+    "ArceeForSequenceClassification",
+    "ArceeForTokenClassification",
     "ArceeModel",
     "AsyncAnswerStream",
     "BaseModelOutput",
@@ -74,10 +85,13 @@ __all__ = [
     "MemoryBudgetError",
     "Message",
     "PromptCache",
+    "QuestionAnsweringModelOutput",
     "QueueFullError",
     "Request",
+    "SequenceClassifierOutput",
     "Session",
     "TextScore",
+    "TokenClassifierOutput",
     "TokenLogprob",
     "TokenScore",
     "Tokenizer",

@@ -10,6 +10,7 @@ from .program import open_missing_streams, run_reporting
 
 COMMANDS = {
     "generate": ("arcee_mlx.generate.command", "write text with an Arcee model"),
+    "chat": ("arcee_mlx.engine.chat_command", "talk with an Arcee model"),
     "cache-prompt": ("arcee_mlx.generate.cache_command", "read a long prompt once, for later answers"),
     "score": ("arcee_mlx.tasks.score_command", "find how likely each line of a text is, token by token"),
     "embed": ("arcee_mlx.tasks.embed_command", "turn each line of a text into a vector"),

@@ -14,8 +14,9 @@ from mlx.utils import tree_flatten
 import arcee_mlx
 from arcee_mlx import ArceeForCausalLM, ArceeModel, HubError, inspect_checkpoint, load, load_model, save_checkpoint
 from arcee_mlx.checkpoint import files
+from arcee_mlx.inspection.command import describe
 
-from checkpoint_changes import SHARDS, copy, shard, texts, tied, upload
+from checkpoint_changes import SHARDS, copy, drop, shard, texts, tied, upload
 from conftest import tiny_config, write_checkpoint, write_tokenizer
 from loopback_hub import LoopbackHub
 
@@ -124,6 +125,22 @@ def test_a_decoder_without_head_is_one_and_needs_no_tokenizer(tmp_path: Path) ->
     assert inspection.loads and "head" not in inspection.weights.parts  # type: ignore[union-attr]
     assert "tokenizer.json is missing" in texts(inspection, "warning")
     load_model(tmp_path / "base")
+
+
+@pytest.mark.parametrize(
+    "name", ["ArceeForSequenceClassification", "ArceeForTokenClassification", "ArceeForQuestionAnswering"]
+)
+def test_a_classifier_loads_and_a_missing_head_is_named(tmp_path: Path, name: str) -> None:
+    save_checkpoint(getattr(arcee_mlx, name)(tiny_config(id2label={0: "no", 1: "yes", 2: "?"})), tmp_path / "x")
+    inspection = inspect_checkpoint(tmp_path / "x")
+    assert inspection.loads and inspection.weights is not None and inspection.weights.parts["head"].tensors in (1, 2)
+    words = "first and the last token" if name == "ArceeForQuestionAnswering" else "a head of 3 labels (no, yes, ?)"
+    assert words in " ".join(describe(inspection, width=120).split())
+    key = "qa_outputs.weight" if name == "ArceeForQuestionAnswering" else "score.weight"
+    drop(key)(tmp_path / "x")
+    inspection = inspect_checkpoint(tmp_path / "x")
+    assert not inspection.loads and f"missing: {key}" in texts(inspection, "error")
+    assert "the head cannot be made up" in texts(inspection, "error")
 
 
 def test_no_tensor_is_read(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

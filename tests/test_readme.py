@@ -18,8 +18,11 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
-def test_the_python_runs_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(blocks("python")) == 3
+def test_the_python_runs_as_it_stands(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert len(blocks("python")) == 7
     scope: dict[str, object] = {}
     for code in blocks("python"):
         exec(compile(code, "README.md", "exec"), scope)
@@ -31,7 +34,9 @@ def test_the_commands_parse_as_they_stand(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("arcee_mlx.cli.run_reporting", lambda run: ran.append("parsed") or 0)
     lines = [shlex.split(line) for block in blocks("bash") for line in block.splitlines()]
     ours = [line[1:] for line in lines if line[0].endswith("arcee-mlx")]
-    assert [line[0] for line in ours] == ["doctor", "convert", "generate", "inspect", "sparsity", "bench", "bench"]
+    assert [line[0] for line in ours] == [
+        "doctor", "convert", "generate", "inspect", "eval", "eval", "score", "embed", "sparsity", "bench", "bench", "chat",
+    ]  # fmt: skip
     for line in ours:
         assert main(line) == 0
     assert len(ran) == len(ours)

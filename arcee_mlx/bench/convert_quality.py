@@ -9,7 +9,7 @@ from typing import Any
 
 from ..checkpoint.files import open_checkpoint
 from ..checkpoint.hub import resolve_folder
-from ..checkpoint.loading import open_model
+from ..checkpoint.opening import open_model
 from ..conversion.texts import read_sample
 from ..measure.evaluate import compare
 from ..model.config import read_config

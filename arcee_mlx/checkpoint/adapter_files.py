@@ -1,6 +1,6 @@
 """What an adapter folder holds, whoever wrote it: its config's values checked, its tensors checked against a plan and read.
 
-Paths of modules are those of ArceeForCausalLM throughout.
+Paths of modules are those of the model, of a decoder without head those of ArceeForCausalLM.
 """
 
 from __future__ import annotations

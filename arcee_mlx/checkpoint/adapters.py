@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ from .adapter_files import (
     ADAPTABLE,
     BY_NEURON,
     CONFIG_FILE,
-    EMBEDDING,
     EMBEDDINGS,
     QUANTIZED,
     Adapter,
@@ -43,9 +42,15 @@ from .adapter_files import (
 )
 from .files import new_folder, read_header
 from .hub import resolve_folder
+from .names import TASK_HEADS, Model, decoder_of, layout_of
 from .peft import plan_peft, write_peft
 
-Model = ArceeForCausalLM | ArceeModel
+# PEFT's names of what a model is for.
+_TASK_TYPES = {
+    "ArceeForSequenceClassification": "SEQ_CLS",
+    "ArceeForTokenClassification": "TOKEN_CLS",
+    "ArceeForQuestionAnswering": "QUESTION_ANS",
+}
 
 
 def set_adapter(model: Model, path_or_id: str | os.PathLike[str] | None) -> None:
@@ -103,7 +108,7 @@ def fuse_adapter(model: Model, *, dequantize: bool = False) -> None:
 
 
 def save_peft_adapter(model: Model, path: str | os.PathLike[str], *, base_model: str | None = None) -> None:
-    """Writes a model's adapter as PEFT's: adapter_config.json and adapter_model.safetensors.
+    """Writes a model's adapter as PEFT's: adapter_config.json and adapter_model.safetensors; a classifier's head goes along.
 
     Args:
         model: with an adapter from `set_adapter`, or from training it with mlx-lm.
@@ -115,9 +120,17 @@ def save_peft_adapter(model: Model, path: str | os.PathLike[str], *, base_model:
     """
     layers, modules = _adapted_layers(model), _base_modules(model)
     low_rank = {path: LowRank(own.lora_a, own.lora_b, own.get("m"), own.scale) for path, own in layers.items()}
-    _refuse_to_write(model, low_rank)
+    saved = [head] if (head := layout_of(type(model)).head) in TASK_HEADS else []
+    _refuse_to_write(model, low_rank, saved)
     with new_folder(Path(path)) as folder:
-        write_peft(folder, low_rank, modules, base_model)
+        write_peft(
+            folder,
+            low_rank,
+            modules | {name: model[name] for name in saved},
+            base_model,
+            task_type=_TASK_TYPES.get(type(model).__name__, "CAUSAL_LM"),
+            saved=saved,
+        )
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -125,18 +138,24 @@ def has_adapter(model: nn.Module) -> bool:
     return any("lora_a" in module for _, module in model.named_modules())
 
 
-def _refuse_to_write(model: Model, low_rank: Mapping[str, LowRank]) -> None:
+def _refuse_to_write(model: Model, low_rank: Mapping[str, LowRank], saved: Sequence[str]) -> None:
     advice = "fuse it with fuse_adapter, and write the model with save_checkpoint"
-    if whole := sorted(_set_aside(model)):
+    if whole := sorted(_set_aside(model).keys() - set(saved)):
         raise InputError(f"the adapter brings {whole[0]!r} as a whole; expected low-rank updates alone; {advice}")
     if not low_rank:
         raise InputError("the model has no adapter; expected one to write; put it on with set_adapter or adapter_path")
     dora = [path for path, update in low_rank.items() if update.magnitude is not None]
     if 0 < len(dora) < len(low_rank):
         raise InputError(f"the adapter is DoRA on {dora[0]!r} and LoRA elsewhere; expected one of the two; {advice}")
-    if EMBEDDING in low_rank and (dora or "lm_head" not in model):
+    for name in saved:
+        if type(model[name]) is not nn.Linear:
+            raise InputError(
+                f"{name} is {type(model[name]).__name__}; expected nn.Linear, which PEFT saves whole; {advice}"
+            )
+    embedding = [path for path in low_rank if path.endswith("embed_tokens")]
+    if embedding and (dora or _is_tied(model)):
         raise InputError(
-            f"the adapter is on {EMBEDDING!r}, {'with DoRA' if dora else 'which is the head too'}; expected an adapter "
+            f"the adapter is on {embedding[0]!r}, {'with DoRA' if dora else 'which is the head too'}; expected an adapter "
             f"that PEFT has a form for; {advice}"
         )
 
@@ -155,8 +174,7 @@ def _set_aside(model: Model) -> Mapping[str, nn.Module]:
 def _read_adapter(folder: Path, modules: Mapping[str, nn.Module], model: Model) -> Adapter:
     config = AdapterConfig(folder / CONFIG_FILE, read_json(folder / CONFIG_FILE))
     if "peft_type" in config.values:
-        tied = isinstance(model, ArceeForCausalLM) and "lm_head" not in model
-        return read_planned(plan_peft(config, modules, tied=tied))
+        return read_planned(plan_peft(config, modules, tied=_is_tied(model)))
     return read_planned(_plan_mlx_lm(config, modules))
 
 
@@ -170,12 +188,14 @@ def _plan_mlx_lm(config: AdapterConfig, modules: Mapping[str, nn.Module]) -> Pla
     kinds = ("lora", "dora", "full")
     kind = config.take("fine_tune_type", "lora", lambda value: value in kinds, f"one of {', '.join(kinds)}")
     count = config.take("num_layers", None, is_int, "the number of layers trained, -1 for all")
-    places = {path: re.fullmatch(r"model\.layers\.(\d+)\.(.+)", path) for path in modules}
+    places = {path: re.fullmatch(r"(?:model|transformer)\.layers\.(\d+)\.(.+)", path) for path in modules}
     total = 1 + max((int(place[1]) for place in places.values() if place), default=-1)
     first = total - count if 0 < count < total else 0
     inside = {path: place[2] for path, place in places.items() if place and int(place[1]) >= first}
     file = config.path.parent / "adapters.safetensors"
     slots: dict[str, Slot] = {}
+    for head in [head for head in TASK_HEADS if head in modules]:  # trained along, where it was not frozen
+        slots |= {f"{head}.{n}": Slot(head, n, s, optional=True) for n, s in float_shapes(modules[head]).items()}
     if kind == "full":
         stored = read_header(file) if file.exists() else {}
         for path in inside:
@@ -208,6 +228,10 @@ def _plan_mlx_lm(config: AdapterConfig, modules: Mapping[str, nn.Module]) -> Pla
     return Plan(file, slots, scales, own.probability("dropout"))
 
 
+def _is_tied(model: Model) -> bool:
+    return isinstance(model, ArceeForCausalLM) and "lm_head" not in model
+
+
 def _adapted_layers(model: Model) -> dict[str, nn.Module]:
     """The layers with an update, by path of the causal model."""
     return {_prefix(model) + path: module for path, module in model.named_modules() if "lora_a" in module}
@@ -229,7 +253,7 @@ def _base_of(layer: nn.Module) -> nn.Module:
 
 
 def _dtype(model: Model) -> mx.Dtype:
-    return (model if isinstance(model, ArceeModel) else model.model).norm.weight.dtype
+    return decoder_of(model).norm.weight.dtype
 
 
 def _prefix(model: Model) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,24 +13,35 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .. import upstream
-from ..errors import CheckpointError, ConfigError, InputError
+from ..errors import InputError
 from ..model.config import ArceeConfig, read_config
 from ..model.decoder import ArceeForCausalLM, ArceeModel
+from ..model.heads import (
+    ArceeForQuestionAnswering,
+    ArceeForSequenceClassification,
+    ArceeForTokenClassification,
+    set_labels,
+)
 from ..thread_end import wait_for_this_thread_at_exit
-from .adapters import Model, has_adapter, set_adapter
-from .files import FLOATS, Checkpoint, TensorEntry, new_folder, open_checkpoint, same_content, write_json, write_tensors
+from .adapters import has_adapter, set_adapter
+from .files import FLOATS, Checkpoint, new_folder, write_json, write_tensors
 from .hub import resolve_folder
-from .quantization import Quantization, build_table, read_quantization
-from .shards import INDEX_FILE
+from .names import Model, check_generates, choose_class, layout_of
+from .opening import open_model
+from .quantization import Quantization, build_table
 from .tokenizer import Tokenizer, read_tokenizer
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo"  # the small trained model that comes with the package
 
-M = TypeVar("M", ArceeForCausalLM, ArceeModel)
-_CLASSES: dict[str, type[Model]] = {"ArceeForCausalLM": ArceeForCausalLM, "ArceeModel": ArceeModel}
-_HEADS = ("lm_head", "score", "qa_outputs")
-_EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
+M = TypeVar(
+    "M",
+    ArceeForCausalLM,
+    ArceeModel,
+    ArceeForSequenceClassification,
+    ArceeForTokenClassification,
+    ArceeForQuestionAnswering,
+)
+_logger = logging.getLogger("arcee_mlx")
 
 
 def load(
@@ -47,10 +59,12 @@ def load(
         dtype, adapter_path: see `load_model`.
 
     Raises:
-        ArceeError: see `load_model`; TokenizerError when there is no usable tokenizer.json.
+        ArceeError: see `load_model`; ConfigError for a classifier, which generates no text; TokenizerError when there is
+            no usable tokenizer.json.
     """
     adapter = None if adapter_path is None else resolve_folder(adapter_path, adapter=True)  # before a large download
     folder = resolve_folder(path_or_id, revision=revision)
+    check_generates(read_config(folder))
     tokenizer = read_tokenizer(folder)
     model = load_model(folder, ArceeForCausalLM, dtype=dtype, adapter_path=adapter)
     wait_for_this_thread_at_exit()
@@ -65,31 +79,51 @@ def load_model(
     *,
     revision: str | None = None,
     adapter_path: str | os.PathLike[str] | None = None,
+    num_labels: int | None = None,
+    id2label: Mapping[int, str] | None = None,
+    problem_type: str | None = None,
+    pad_token_id: int | None = None,
 ) -> M:
     """Loads a model. Nothing is read from disk before it is first computed with, and then once; so the thread that
     loads it must be the first to compute with it, or `mx.eval(model.parameters())` it.
 
     Args:
         path_or_id: a checkpoint folder, or a Hugging Face Hub id.
-        model_class: ArceeForCausalLM or ArceeModel; None takes the one config.json names in `architectures`.
+        model_class: ArceeForCausalLM, ArceeModel, ArceeForSequenceClassification, ArceeForTokenClassification or
+            ArceeForQuestionAnswering; None takes the one config.json names in `architectures`. A checkpoint of another
+            class gives its decoder; a classifier's head that it does not have starts at random, and a warning of the
+            logger "arcee_mlx" says so.
         revision: branch, tag or commit of a hub id.
         dtype: of weights and activations: an mx.Dtype or its name; "auto" for the checkpoint's own (config `dtype`,
             else `torch_dtype`, else the file's); None for the checkpoint's own on a GPU and float32 on MLX's CPU
             backend, where half precision is many times slower.
         adapter_path: a LoRA or DoRA adapter to put on; see `set_adapter`.
+        num_labels, id2label, problem_type: of a classifier, in place of the config's; see `set_labels`.
+        pad_token_id: in place of the config's; several rows at once need one to be classified as sequences.
 
     Raises:
         ConfigError: config.json does not describe a model this package runs exactly, or adapter_config.json such an
             adapter.
         CheckpointError: files are missing or damaged, or a tensor is missing, unexpected or mis-shaped.
         HubError: a hub id could not be downloaded.
-        InputError: dtype or model_class is none of the above.
+        InputError: dtype or model_class is none of the above, or the labels do not fit the class.
     """
     adapter = None if adapter_path is None else resolve_folder(adapter_path, adapter=True)  # before a large download
-    opened = open_model(resolve_folder(path_or_id, revision=revision), model_class)
+    folder = resolve_folder(path_or_id, revision=revision)
+    config = read_config(folder)
+    if (num_labels, id2label, problem_type) != (None, None, None):
+        _check_has_labels(choose_class(config, model_class))
+        config = set_labels(config, num_labels=num_labels, id2label=id2label, problem_type=problem_type)
+    if pad_token_id is not None:
+        config = replace(config, pad_token_id=pad_token_id)
+    opened = open_model(folder, model_class, config=config)
     target = _compute_dtype(dtype, opened.config, opened.checkpoint)
     arrays = opened.checkpoint.arrays()
     weights = {key: _cast(arrays[name], target) for key, name in opened.names.items()}
+    if opened.new:
+        _logger.warning("%s: has no %s: new, at random; train before use", folder, ", ".join(opened.new))
+        made = dict(tree_flatten(opened.model.parameters()))
+        weights |= {key: _cast(made[key], target) for key in opened.new}
     opened.model.load_weights(list(weights.items()), strict=True)
     opened.model.eval()
     if adapter is not None:
@@ -97,121 +131,16 @@ def load_model(
     return opened.model  # type: ignore[return-value]
 
 
-@dataclass(frozen=True)
-class OpenedModel:
-    """A checkpoint that has been checked but not read.
-
-    Attributes:
-        names: the model's key -> the file's key.
-        model: its layers, quantized where the file is; the weights are not the checkpoint's.
-    """
-
-    config: ArceeConfig
-    checkpoint: Checkpoint
-    names: Mapping[str, str]
-    model: Model
-
-
-def open_model(folder: Path, model_class: type[Model] | None = None) -> OpenedModel:
-    """Checks that config.json and the tensors' names and shapes fit together; reads no tensor.
-
-    Raises:
-        ConfigError, CheckpointError, InputError: see `load_model`.
-    """
-    opened = lay_out_model(read_config(folder), open_checkpoint(folder), model_class)
-    _refuse_misfits(opened.checkpoint, find_misfits(opened))
-    return opened
-
-
-def lay_out_model(config: ArceeConfig, checkpoint: Checkpoint, model_class: type[Model] | None = None) -> OpenedModel:
-    """Makes the model that a config describes, quantized where the file is, without a look at missing or odd tensors.
-
-    Raises:
-        ConfigError, InputError: see `load_model`.
-        CheckpointError: config.json has sizes that no model in these files can have.
-    """
-    chosen = choose_class(config, model_class)
-    _refuse_sizes(config, checkpoint)
-    entries = checkpoint.entries
-    names = map_names(entries, chosen)
-    tied = None
-    if chosen is ArceeForCausalLM:
-        tied = tie_names(names, config, lambda a, b: same_content(entries[a], entries[b]))
-    with upstream.keep_random_state():
-        model = ArceeModel(config) if chosen is ArceeModel else ArceeForCausalLM(config, tied=tied)
-        _quantize_layers(model, names, config)
-    return OpenedModel(config, checkpoint, names, model)
-
-
-def _refuse_sizes(config: ArceeConfig, checkpoint: Checkpoint) -> None:
-    """Stops at sizes out of all proportion to the files: to lay such a model out would take memory or time without end."""
-    most_weights = 4 * sum(entry.nbytes for entry in checkpoint.entries.values())  # at two bits each
-    widest, tallest = (min(max(n, 2**20), 2**31 - 1) for n in (most_weights, most_weights // config.hidden_size))
-    for name, got, most in (
-        ("num_hidden_layers", config.num_hidden_layers, max(len(checkpoint.entries), 1000)),
-        ("hidden_size", config.hidden_size, widest),
-        ("vocab_size", config.vocab_size, tallest),
-        ("intermediate_size", config.intermediate_size, tallest),
-        ("num_attention_heads times head_dim", config.num_attention_heads * config.head_size, tallest),
-    ):
-        if got > most:
-            raise CheckpointError(
-                f"{config.source}: {name} is {got}; expected at most {most}, by the size of the weights in "
-                f"{checkpoint.folder}; check that config and weights belong together"
-            )
-
-
-def choose_class(config: ArceeConfig, asked: type[Any] | None = None) -> type[Model]:
-    """The class to load a checkpoint as: the one asked for, else the one that config.json names.
-
-    Raises:
-        ConfigError, InputError: see `load_model`.
-    """
-    if asked is not None:
-        if asked not in _CLASSES.values():
-            raise InputError(f"model_class is {asked!r}; expected {' or '.join(_CLASSES)}")
-        return asked
-    named = (config.architectures or ["ArceeForCausalLM"])[0]
-    if named not in _CLASSES:
-        raise ConfigError(
-            f"{config.source}: architectures names {named!r}; expected {' or '.join(_CLASSES)}; pass model_class "
-            f"to load the decoder of this checkpoint"
+def _check_has_labels(chosen: type[Model]) -> None:
+    if layout_of(chosen).head != "score":
+        raise InputError(
+            f"num_labels, id2label or problem_type for {chosen.__name__}; expected ArceeForSequenceClassification or "
+            f"ArceeForTokenClassification; pass it as model_class"
         )
-    return _CLASSES[named]
-
-
-@dataclass(frozen=True)
-class Misfits:
-    """Where a checkpoint's tensors are not those of the model that its config describes.
-
-    Attributes:
-        missing: the model's key -> the shape it needs, sorted.
-        unexpected: tensors that the model has no place for, sorted.
-        wrong: the file's key -> what is wrong with its shape or dtype, in words.
-    """
-
-    missing: Mapping[str, tuple[int, ...]]
-    unexpected: Sequence[TensorEntry]
-    wrong: Mapping[str, str]
-
-
-def find_misfits(opened: OpenedModel) -> Misfits:
-    """Compares names, shapes and kinds of a checkpoint's tensors with its model's; reads no tensor."""
-    names, entries = opened.names, opened.checkpoint.entries
-    expected: dict[str, mx.array] = dict(tree_flatten(opened.model.parameters()))
-    wrong = {}
-    for key, array in expected.items():
-        if key in names and (problem := _find_problem(entries[names[key]], array)):
-            wrong[names[key]] = problem
-    return Misfits(
-        missing={key: tuple(expected[key].shape) for key in sorted(expected.keys() - names.keys())},
-        unexpected=[entries[names[key]] for key in sorted(names.keys() - expected.keys())],
-        wrong=wrong,
-    )
 
 
 def save_checkpoint(
-    model: ArceeForCausalLM | ArceeModel,
+    model: Model,
     path: str | os.PathLike[str],
     tokenizer: Tokenizer | None = None,
     *,
@@ -247,106 +176,6 @@ def save_checkpoint(
         write_json(folder / "config.json", values)
         if tokenizer is not None:
             tokenizer.save(folder)
-
-
-def map_names(names: Iterable[str], chosen: type[Model]) -> dict[str, str]:
-    """The model's key -> the file's: base and causal prefixes mapped, stale tensors and other heads left out by name."""
-    names = [name for name in names if not name.endswith("rotary_emb.inv_freq")]
-    has_prefix = any(name.startswith("model.") for name in names)
-    if chosen is ArceeModel:
-        names = [name for name in names if name.split(".")[0] not in _HEADS]
-        return {name.removeprefix("model."): name for name in names}
-    if has_prefix:
-        return {name: name for name in names}
-    return {name if name.split(".")[0] in _HEADS else f"model.{name}": name for name in names}
-
-
-def tie_names(names: dict[str, str], config: ArceeConfig, same: Callable[[str, str], bool]) -> bool:
-    """Decides whether head and embedding are one, as transformers does, and leaves one of them in `names`.
-
-    Args:
-        names: from `map_names`; changed in place.
-        same: whether two tensors of the file, by the file's keys, are equal to the bit.
-    """
-    embedding = {key for key in names if key.startswith(_EMBEDDING + ".")}
-    head = {key for key in names if key.startswith(_HEAD + ".")}
-    if not config.tie_word_embeddings:
-        return False
-    if embedding and head:
-        pairs = [(key, key.replace(_EMBEDDING, _HEAD)) for key in embedding]
-        if len(embedding) != len(head) or not all(
-            other in names and same(names[key], names[other]) for key, other in pairs
-        ):
-            return False
-        for key in head:
-            del names[key]
-    for key in head - embedding if not embedding else ():
-        names[key.replace(_HEAD, _EMBEDDING)] = names.pop(key)
-    return True
-
-
-def _quantize_layers(model: Model, names: Mapping[str, str], config: ArceeConfig) -> None:
-    """Turns the layers that the file has quantized into quantized ones, by the file's keys and config's table."""
-    quantized = {key.removesuffix(".scales") for key in names if key.endswith(".scales")}
-    table = config.quantization or {}
-
-    def parameters(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        if path not in quantized:
-            return False
-        try:
-            chosen = read_quantization(table, path)
-        except InputError as error:
-            raise ConfigError(f"{config.source}: {error}; the file and its config do not belong together") from None
-        width = module["weight" if "weight" in module else "weight_by_neuron"].shape[-1]
-        if width % chosen.group_size:
-            raise ConfigError(
-                f"{config.source}: quantization group_size {chosen.group_size} does not divide the rows of {width} weights "
-                f"of {path!r}"
-            )
-        return asdict(chosen)
-
-    if quantized:
-        nn.quantize(model, class_predicate=parameters)
-
-
-def _refuse_misfits(checkpoint: Checkpoint, misfits: Misfits) -> None:
-    if missing := list(misfits.missing):
-        advice = (
-            "the head cannot be made up; the file is incomplete"
-            if missing[0].startswith("lm_head")
-            else "download it again"
-        )
-        if others := misfits.unexpected:
-            advice = (
-                f"it holds {others[0].name!r}{_and_more(others)} instead: check that config and weights belong together"
-            )
-        place = checkpoint.files[0] if len(checkpoint.files) == 1 else checkpoint.folder / INDEX_FILE
-        raise CheckpointError(
-            f"{place}: has no tensor {missing[0]!r}{_and_more(missing)}; expected shape "
-            f"{misfits.missing[missing[0]]}; {advice}"
-        )
-    if unexpected := misfits.unexpected:
-        raise CheckpointError(
-            f"{unexpected[0].file}: holds {unexpected[0].name!r}{_and_more(unexpected)}, which this model does not have; "
-            f"expected only what config.json describes; check that config and weights belong together"
-        )
-    for name, problem in misfits.wrong.items():
-        raise CheckpointError(f"{checkpoint.entries[name].file}: {name!r} {problem}")
-
-
-def _find_problem(entry: TensorEntry, expected: mx.array) -> str:
-    packed = expected.dtype in (mx.uint32, mx.uint8)
-    if entry.shape != tuple(expected.shape):
-        return (
-            f"has shape {entry.shape}; expected {tuple(expected.shape)}; check that config and weights belong together"
-        )
-    if packed != (entry.dtype not in FLOATS):
-        return f"has dtype {entry.dtype}; expected {'packed integers' if packed else 'floats'}"
-    return ""
-
-
-def _and_more(names: Sequence[object]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
 def _compute_dtype(asked: mx.Dtype | str | None, config: ArceeConfig, checkpoint: Checkpoint) -> mx.Dtype:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ def plan_peft(config: AdapterConfig, modules: Mapping[str, nn.Module], *, tied: 
         for name, shape in float_shapes(module).items():
             trained = whole or name == "bias" and (bias == "all" or bias == "lora_only" and path in targets)
             # PEFT saves embedding and head along when it finds one of them targeted or resized.
-            if trained or not tied and path in (EMBEDDING, HEAD):
+            if trained or not tied and (path == HEAD or isinstance(module, EMBEDDINGS)):
                 turned = name == BY_NEURON
                 file_name, shape = ("weight", shape[::-1]) if turned else (name, shape)
                 slots[f"{key}.{file_name}"] = Slot(path, name, shape, turned, not trained)
@@ -102,16 +102,22 @@ def plan_peft(config: AdapterConfig, modules: Mapping[str, nn.Module], *, tied: 
             f"{config.path}: changes {min(touched)!r}; expected an adapter that leaves it alone, since embedding and "
             f"head are one in this model, and two for PEFT; {_REMEDY}"
         )
-    if use_dora and EMBEDDING in scales:
+    if use_dora and (embedding := [path for path in scales if isinstance(modules[path], EMBEDDINGS)]):
         raise ConfigError(
-            f"{config.path}: use_dora with {EMBEDDING!r} among the targets; expected linear layers: of an embedding "
+            f"{config.path}: use_dora with {embedding[0]!r} among the targets; expected linear layers: of an embedding "
             f"PEFT scales the columns, mlx-lm the rows; {_REMEDY}"
         )
     return Plan(config.path.parent / FILE, slots, scales, config.probability("lora_dropout"))
 
 
 def write_peft(
-    folder: Path, low_rank: Mapping[str, LowRank], modules: Mapping[str, nn.Module], base_model: str | None
+    folder: Path,
+    low_rank: Mapping[str, LowRank],
+    modules: Mapping[str, nn.Module],
+    base_model: str | None,
+    *,
+    task_type: str,
+    saved: Sequence[str],
 ) -> None:
     """Writes an adapter into a folder in PEFT's form.
 
@@ -119,6 +125,8 @@ def write_peft(
         low_rank: by path of the causal model; all LoRA, or all DoRA.
         modules: the base's, by path.
         base_model: folder or hub id of the base, for PEFT's Auto classes.
+        task_type: PEFT's name of what the model is for.
+        saved: paths of modules that are written whole.
     """
     tensors: dict[str, mx.array] = {}
     for path, update in low_rank.items():
@@ -126,12 +134,14 @@ def write_peft(
         tensors[name_a], tensors[name_b] = update.a.T, update.b.T
         if update.magnitude is not None:
             tensors[name_m] = update.magnitude
+    for path in saved:
+        tensors |= {f"base_model.model.{path}.{name}": array for name, array in modules[path].parameters().items()}
     ranks = {path: update.a.shape[1] for path, update in low_rank.items()}
     alphas = {path: update.scale * ranks[path] for path, update in low_rank.items()}
     rank, alpha = _commonest(ranks), _commonest(alphas)
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task_type,
         "base_model_name_or_path": base_model,
         "inference_mode": True,
         "r": rank,
@@ -143,6 +153,7 @@ def write_peft(
         "use_rslora": False,
         "lora_dropout": 0.0,
         "bias": "none",
+        "modules_to_save": list(saved) or None,
     }
     table = {name: (DTYPE_NAMES[array.dtype], tuple(array.shape)) for name, array in tensors.items()}
     writer = TensorWriter(folder / FILE, table)

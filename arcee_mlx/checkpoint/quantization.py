@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import InputError
+from .names import PREFIXES, strip_prefix
 
 # mode -> bits and group sizes that MLX has; the first of each is what the mode takes where none is named, as in MLX.
 MODES: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -77,13 +78,12 @@ def read_quantization(table: Mapping[str, Any], path: str) -> Quantization:
 
     Args:
         table: default parameters, and entries by path for layers that have their own.
-        path: of the layer; a base model may be in a causal checkpoint and the other way round.
+        path: of the layer, in whatever model.
 
     Raises:
         InputError: MLX has no such form.
     """
-    entries = (table.get(name) for name in (path, f"model.{path}", path.removeprefix("model.")))
-    own = next((entry for entry in entries if isinstance(entry, Mapping)), None)
+    own = find_entry(table, path)
     chosen = {
         key: value for key, value in (table if own is None else own).items() if key in ("group_size", "bits", "mode")
     }
@@ -95,6 +95,12 @@ def read_quantization(table: Mapping[str, Any], path: str) -> Quantization:
         return Quantization(**chosen)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
+
+
+def find_entry(table: Mapping[str, Any], path: str) -> Mapping[str, Any] | None:
+    """The entry that a layer has of its own, under its path or that in a model with another head; None without one."""
+    names = (path, *(prefix + strip_prefix(path) for prefix in ("", *PREFIXES)))
+    return next((entry for name in names if isinstance(entry := table.get(name), Mapping)), None)
 
 
 def build_table(layers: Mapping[str, Quantization | None]) -> dict[str, Any]:

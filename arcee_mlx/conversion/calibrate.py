@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 
 from .. import upstream
 from ..checkpoint.files import DTYPES, TensorEntry
+from ..checkpoint.names import TASK_HEADS
 from ..errors import ConversionError, InputError
 from ..measure.layers import CAUSAL, LayerStream, WeightReader, check_finite
 from ..model.decoder import DecoderLayer
@@ -102,6 +103,8 @@ class Calibration:
                 moments.add(given, given)
                 cross.add(wanted - given, given)
             yield from self._convert_rows("lm_head", moments.take_mean(), cross.take_mean())
+        for key in [key for key in self._pending if key.split(".")[0] in TASK_HEADS]:
+            yield from self._convert_plainly(key)
 
     def _convert_layer(self, index: int, pair: _Pair) -> Iterator[Converted]:
         """Converts what is pending of a layer and moves both streams behind it."""

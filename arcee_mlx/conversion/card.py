@@ -15,6 +15,14 @@ from .result import Conversion, describe_bytes, read_versions
 CARD_FILE = "README.md"
 # What the source's card says of rights and language holds for the conversion too; the rest of it is about the source.
 _KEPT_METADATA = ("license", "license_name", "license_link", "language")
+# What the hub calls the use of each class, and the call of that class's own.
+_TASKS = {
+    "ArceeForCausalLM": ("text-generation", ""),
+    "ArceeModel": ("feature-extraction", "last_hidden_state"),
+    "ArceeForSequenceClassification": ("text-classification", "logits"),
+    "ArceeForTokenClassification": ("token-classification", "logits"),
+    "ArceeForQuestionAnswering": ("question-answering", "start_logits"),
+}
 
 
 def write_card(folder: Path, conversion: Conversion, source_folder: Path, *, hub_id: str | None) -> None:
@@ -26,7 +34,11 @@ def write_card(folder: Path, conversion: Conversion, source_folder: Path, *, hub
         source_folder: whose card is read for licence and language.
         hub_id: of the source, which becomes `base_model`; None for a folder.
     """
-    metadata: dict[str, Any] = {"library_name": "mlx", "pipeline_tag": "text-generation", "tags": ["mlx", "arcee_mlx"]}
+    metadata: dict[str, Any] = {
+        "library_name": "mlx",
+        "pipeline_tag": _TASKS[conversion.architecture][0],
+        "tags": ["mlx", "arcee_mlx"],
+    }
     metadata |= _read_metadata(source_folder / CARD_FILE)
     if hub_id is not None:
         metadata["base_model"] = hub_id
@@ -85,6 +97,13 @@ def _describe_use(conversion: Conversion) -> list[str]:
     note = "mlx-lm reads it, too: `python -m arcee_mlx.lm` is its command line with this architecture known to it."
     if conversion.recipe.layout == "by_neuron":
         note = "Its down projections are stored by neuron, which mlx-lm does not read; `--layout standard` is for it."
+    output = _TASKS[conversion.architecture][1]
+    if output:
+        return [
+            "## Run it",
+            f"```python\nmodel = arcee_mlx.load_model({json.dumps(conversion.folder.name)})  # {conversion.architecture}\n"
+            f"print(model.forward(mx.array([[1, 2, 3]])).{output})  # token ids in\n```",
+        ]
     return [
         "## Run it",
         f'```bash\narcee-mlx generate --model {name} --prompt "Why is the sky blue?"\n```',

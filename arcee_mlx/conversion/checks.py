@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint.files import DTYPES, FLOATS, TensorEntry, open_checkpoint, read_rows
-from ..checkpoint.loading import open_model
+from ..checkpoint.opening import open_model
 from ..checkpoint.quantization import Quantization
 from ..errors import ArceeError, ConversionError
 from ..measure.layers import dequantize

@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from ..checkpoint.files import DTYPES, TensorEntry
+from ..checkpoint.names import strip_prefix
 from ..checkpoint.quantization import Quantization, build_table
 from .recipes import Recipe
 
@@ -151,5 +152,6 @@ def find_idle_rules(plan: Sequence[PlannedTensor], recipe: Recipe) -> list[str]:
 
 
 def _causal_path(path: str) -> str:
-    """The path that a layer of a base model, which has no prefix, has in a causal model; rules are written for that."""
-    return f"model.{path}" if path.split(".")[0] in ("layers", "embed_tokens") else path
+    """The path that a layer has in a causal model, for which rules are written."""
+    bare = strip_prefix(path)
+    return f"model.{bare}" if bare.split(".")[0] in ("layers", "embed_tokens") else path

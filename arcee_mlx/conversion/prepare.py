@@ -12,7 +12,8 @@ from typing import Any
 from ..checkpoint.files import TensorEntry, check_target
 from ..checkpoint.hub import resolve_folder
 from ..checkpoint.links import check_links, find_files
-from ..checkpoint.loading import OpenedModel, open_model
+from ..checkpoint.names import TASK_HEADS
+from ..checkpoint.opening import OpenedModel, open_model
 from ..errors import ConversionError, InputError
 from ..model.config import ArceeConfig, layout_entry, read_json
 from ..model.decoder import ArceeForCausalLM
@@ -83,13 +84,18 @@ def plan_conversion(
     source = _open_source(folder)
     entries = {key: source.checkpoint.entries[name] for key, name in source.names.items()}
     dtype = recipe.dtype or _own_dtype(source.config, entries)
-    layers = {path for path, module in source.model.named_modules() if hasattr(module, "to_quantized")}
+    layers = {
+        path
+        for path, module in source.model.named_modules()
+        if hasattr(module, "to_quantized") and path not in TASK_HEADS  # small, and what all else is for: floats
+    }
     tensors = plan_tensors(entries, layers, recipe, dtype=dtype, num_layers=source.config.num_hidden_layers)
     carried = find_files(folder, _CARRIED)
     conversion = Conversion(
         source=hub_id or folder.resolve().name,
         revision=None if hub_id is None else folder.name,
         folder=target,
+        architecture=type(source.model).__name__,
         recipe=recipe,
         form=describe_form(tensors),
         is_quantized=any(t.quantization for t in tensors),

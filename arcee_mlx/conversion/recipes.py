@@ -71,7 +71,8 @@ class Recipe:
     """What to make of a checkpoint.
 
     Attributes:
-        quantization: of every linear layer, the embedding and the head; None keeps them floats.
+        quantization: of every linear layer, the embedding and the language model's head; None keeps them floats. A
+            classifier's head always stays a float.
         rules: for layers that differ; the first that matches a layer decides.
         dtype: of all that stays a float, scales and biases of quantized weights included: "float32", "float16" or
             "bfloat16"; None for the checkpoint's own.

@@ -24,6 +24,7 @@ class Conversion:
         source: the hub id, or the name of the source's folder.
         revision: the commit of a hub id.
         folder: of the converted checkpoint.
+        architecture: the class it is of, such as "ArceeForCausalLM".
         recipe: what was asked for.
         form: of the weights in words, such as "4 bits in groups of 64, bfloat16".
         is_quantized: whether a weight does not stay a float.
@@ -44,6 +45,7 @@ class Conversion:
 
     source: str
     folder: Path
+    architecture: str
     recipe: Recipe
     form: str
     is_quantized: bool
@@ -72,6 +74,7 @@ class Conversion:
             "source": self.source,
             "revision": self.revision,
             "folder": str(self.folder),
+            "architecture": self.architecture,
             "recipe": recipe_to_dict(self.recipe),
             "form": self.form,
             "dtype": self.dtype,

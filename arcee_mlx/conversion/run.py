@@ -29,7 +29,7 @@ from ..checkpoint.files import (
     write_json,
 )
 from ..checkpoint.hub_upload import check_upload, upload_folder
-from ..checkpoint.loading import open_model
+from ..checkpoint.opening import open_model
 from ..errors import ConversionError
 from ..measure.evaluate import compare, count_bytes
 from ..measure.layers import WeightReader

@@ -23,7 +23,7 @@ from .owner import Owner
 from .prefix_cache import kind_of
 from .request import OnEnd, Request, check_buffer
 from .session_file import save_session
-from .transcript import Draft, Message, Transcript, Turn
+from .transcript import Draft, Message, Overflow, Transcript, Turn
 
 # From a session's turns to those that the next answer goes on from, and the user's message it answers.
 Choice = Callable[[tuple[Turn, ...]], tuple[tuple[Turn, ...], str]]
@@ -80,6 +80,11 @@ class Session:
     def options(self) -> GenerateOptions | None:
         """For answers that are given none of their own."""
         return self._transcript.options
+
+    @property
+    def overflow(self) -> Overflow:
+        """What happens where the context is full."""
+        return self._transcript.overflow
 
     @property
     def dropped_turns(self) -> int:

@@ -1,4 +1,4 @@
-"""The arguments of `arcee-mlx generate`, and the options they make. Names are mlx_lm.generate's where it has them."""
+"""The arguments of `arcee-mlx generate` and its kin, and the options they make. Names are mlx_lm.generate's where it has them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `generate`."""
     add_prompt_arguments(parser)
     add_model_arguments(parser)
-    _add_sampling_arguments(parser)
+    add_sampling_arguments(parser)
     _add_answer_arguments(parser)
     _add_draft_arguments(parser)
     memory = add_memory_arguments(parser)
@@ -35,14 +35,19 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_argument_group("prompt")
     source.add_argument("--prompt", "-p", metavar="TEXT", help="the prompt; '-' reads standard input")
     source.add_argument("--prompt-file", metavar="FILE", type=Path, help="read the prompt from a file")
-    source.add_argument("--system-prompt", metavar="TEXT", help="system message for the chat template")
-    source.add_argument("--chat-template-config", metavar="JSON", help="object of further variables for the template")
+    add_template_arguments(source)
     source.add_argument(
         "--raw",
         "--ignore-chat-template",
         action="store_true",
         help="continue the prompt as it is, without chat template",
     )
+
+
+def add_template_arguments(group: argparse._ArgumentGroup) -> None:
+    """Adds what goes into the chat template beside the messages."""
+    group.add_argument("--system-prompt", metavar="TEXT", help="system message for the chat template")
+    group.add_argument("--chat-template-config", metavar="JSON", help="object of further variables for the template")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +64,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what says how a token is chosen."""
     how = parser.add_argument_group("sampling (defaults: the checkpoint's generation_config.json)")
     how.add_argument("--temp", "--temperature", type=float, metavar="T", help="temperature, 0 = likeliest token")
     how.add_argument("--top-p", type=float, metavar="P", help="sample within this probability mass, 1 = off")
@@ -80,12 +86,12 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--seed", type=int, metavar="N", help="of the sampling (default: drawn)")
 
 
-def _add_answer_arguments(parser: argparse.ArgumentParser) -> None:
+def add_ending_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Adds what says where an answer ends; returns the group."""
     answer = parser.add_argument_group("answer")
     answer.add_argument(
         "--max-tokens", "-m", type=int, metavar="N", help="tokens to make at most, -1 = all that fit (256)"
     )
-    answer.add_argument("--prefill-response", metavar="TEXT", help="how the answer begins (it is not printed again)")
     answer.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end the answer at TEXT; repeatable"
     )
@@ -97,6 +103,12 @@ def _add_answer_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TOKEN",
         help="tokens that end it too",
     )
+    return answer
+
+
+def _add_answer_arguments(parser: argparse.ArgumentParser) -> None:
+    answer = add_ending_arguments(parser)
+    answer.add_argument("--prefill-response", metavar="TEXT", help="how the answer begins (it is not printed again)")
     answer.add_argument("--logprobs", action="store_true", help="every token's log-probability, in --json")
     answer.add_argument("--top-logprobs", type=int, default=0, metavar="N", help="of the N likeliest, too")
     answer.add_argument("-n", type=int, default=1, metavar="N", help="sample N answers, seeds counting up (1)")

@@ -17,18 +17,20 @@ from .request import Prompt
 DEMO_PROMPT = "Tell me about the sea."
 
 
-def open_model(args: argparse.Namespace) -> tuple[ArceeForCausalLM, Tokenizer]:
+def name_model(args: argparse.Namespace) -> str | os.PathLike[str]:
     """The model that the arguments name, or the demo with a note."""
-    return load(choose_model(args), args.revision, args.dtype, adapter_path=args.adapter_path)
-
-
-def choose_model(args: argparse.Namespace) -> str | os.PathLike[str]:
-    """The name of the model in the arguments, or the demo's folder, with a note."""
-    if args.model is None and not args.quiet:
+    if args.model is not None:
+        return args.model
+    if not args.quiet:
         print(
             "No --model given: using the small bundled demo. For real work: --model arcee-ai/AFM-4.5B", file=sys.stderr
         )
-    return DEMO_MODEL if args.model is None else args.model
+    return DEMO_MODEL
+
+
+def open_model(args: argparse.Namespace) -> tuple[ArceeForCausalLM, Tokenizer]:
+    """Loads the model that the arguments name."""
+    return load(name_model(args), args.revision, args.dtype, adapter_path=args.adapter_path)
 
 
 def open_draft_model(args: argparse.Namespace, tokenizer: Tokenizer) -> ArceeForCausalLM | None:

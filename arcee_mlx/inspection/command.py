@@ -13,6 +13,7 @@ from .results import Amount, Context, Inspection, Memory, TokenizerFacts, Weight
 from .run import inspect_checkpoint
 
 _INDENT = 12
+_LABELS = 6  # by name
 _BIASES = (("attention_bias", "attention"), ("mlp_bias", "MLP"))
 
 
@@ -96,9 +97,23 @@ def _describe_config(config: Mapping[str, Any]) -> list[str]:
         f"{config.get('hidden_act', '?')}; {number('num_attention_heads')} query heads on "
         f"{number('num_key_value_heads')} key-value heads of {number('head_dim')}"
         + ("; down projections by neuron" if is_by_neuron else ""),
-        f"vocabulary of {number('vocab_size')}; head {'tied' if config.get('tie_word_embeddings') else 'not tied'} to the "
-        f"embedding; {biases} biases",
+        f"vocabulary of {number('vocab_size')}; {_describe_head(config)}; {biases} biases",
     ]
+
+
+def _describe_head(config: Mapping[str, Any]) -> str:
+    architectures, labels = config.get("architectures"), config.get("id2label")
+    named = architectures[0] if isinstance(architectures, list) and architectures else None
+    if named == "ArceeModel":
+        return "no head"
+    if named == "ArceeForQuestionAnswering":
+        return "a head for the first and the last token of an answer"
+    if named in ("ArceeForSequenceClassification", "ArceeForTokenClassification"):
+        names = list(map(str, labels.values())) if isinstance(labels, Mapping) else ["LABEL_0", "LABEL_1"]
+        more = f" and {len(names) - _LABELS} more" if len(names) > _LABELS else ""
+        problem = f", {config['problem_type']}" if config.get("problem_type") else ""
+        return f"a head of {len(names)} label{'s' * (len(names) != 1)} ({', '.join(names[:_LABELS])}{more}){problem}"
+    return f"head {'tied' if config.get('tie_word_embeddings') else 'not tied'} to the embedding"
 
 
 def _describe_rope(context: Context) -> str:

@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 from typing import Any, get_args
 
 from ..checkpoint.hub import Listing, list_files
-from ..checkpoint.loading import choose_class
+from ..checkpoint.names import choose_class
 from ..checkpoint.shards import INDEX_FILE
 from ..model.config import ArceeConfig
 from ..model.decoder import ArceeForCausalLM

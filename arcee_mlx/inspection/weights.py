@@ -16,8 +16,9 @@ from ..checkpoint.files import (
     read_table,
 )
 from ..checkpoint.hub import Listing
-from ..checkpoint.loading import OpenedModel, choose_class, find_misfits, lay_out_model
-from ..checkpoint.quantization import MODES
+from ..checkpoint.names import choose_class, layout_of, strip_prefix
+from ..checkpoint.opening import OpenedModel, find_misfits, lay_out_model
+from ..checkpoint.quantization import MODES, find_entry
 from ..checkpoint.shards import INDEX_FILE, WEIGHTS_FILE, explain_no_weights, find_disagreements, read_weight_map
 from ..errors import CheckpointError
 from ..model.config import ArceeConfig, read_json
@@ -152,8 +153,7 @@ def _part_of(name: str) -> str:
 
 def _quantized_form(entries: Mapping[str, TensorEntry], layer: str, quantization: Mapping[str, Any]) -> tuple[str, int]:
     """How a quantized layer is stored, in words, and the length of its rows: the file says bits, config.json the group size."""
-    own = quantization.get(layer, quantization.get(layer.removeprefix("model.")))
-    table = own if isinstance(own, Mapping) else quantization
+    table = find_entry(quantization, layer) or quantization
     group_size, mode = table.get("group_size"), table.get("mode", "affine")
     if group_size is None and mode in tuple(MODES):  # as mlx-lm's mixed recipes write it: the mode's own
         group_size = MODES[mode][1][0]
@@ -207,20 +207,20 @@ def _explain_tie(opened: OpenedModel, heads: set[bool], *, has_values: bool) -> 
 
 
 def _explain_misfits(opened: OpenedModel, headers: Headers) -> list[Finding]:
-    misfits = find_misfits(opened)
+    misfits, head = find_misfits(opened), layout_of(type(opened.model)).head
     # What lies in a file that could not be read is not missing besides, and its layers may be quantized.
-    unread = {name.removeprefix("model.") for name in headers.unread}
+    unread = {strip_prefix(name) for name in headers.unread}
     half = {name.removesuffix(".scales") for name in unread}
-    wrong = {n: text for n, text in misfits.wrong.items() if n.removeprefix("model.").rpartition(".")[0] not in half}
+    wrong = {n: text for n, text in misfits.wrong.items() if strip_prefix(n).rpartition(".")[0] not in half}
     texts = [f"{name} {problem}" for name, problem in list(wrong.items())[:_LISTED]]
     if len(wrong) > _LISTED:
         texts.append(f"{len(wrong) - _LISTED} more tensors that do not fit config.json")
     if misfits.unexpected:
         names = _few([entry.name for entry in misfits.unexpected])
         texts.append(f"not a part of the model that config.json describes: {names}")
-    missing = [key for key in misfits.missing if key.removeprefix("model.") not in unread]
+    missing = [key for key in misfits.missing if strip_prefix(key) not in unread]
     if headers.is_whole and missing:
-        advice = "; the head cannot be made up" if any(key.startswith("lm_head") for key in missing) else ""
+        advice = "; the head cannot be made up" if any(key.split(".")[0] == head for key in missing) else ""
         texts.append(f"missing: {_few([f'{key} {misfits.missing[key]}' for key in missing])}{advice}")
     return [Finding("error", "weights", text) for text in texts]
 
@@ -247,7 +247,7 @@ def _explain_table(config: ArceeConfig, opened: OpenedModel, listing: Listing) -
     if table and not quantized:
         text = "config.json has a quantization table, but no tensor is quantized: loaded as floats"
         findings.append(Finding("warning", "weights", text))
-    elif lost := sorted(layers - quantized - {key.removeprefix("model.") for key in quantized}):
+    elif lost := sorted(layers - quantized - {strip_prefix(key) for key in quantized}):
         text = f"the quantization table of config.json names layers that are not quantized: {_few(lost)}"
         findings.append(Finding("warning", "weights", text))
     names = opened.checkpoint.entries

@@ -13,7 +13,8 @@ from typing import Any
 
 from .. import upstream
 from ..checkpoint.hub import resolve_folder
-from ..checkpoint.loading import open_model
+from ..checkpoint.names import check_generates
+from ..checkpoint.opening import open_model
 from ..errors import InputError
 from ..model.config import read_config
 from ..program import run_reporting
@@ -79,7 +80,7 @@ def _check_model(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--model")
     if model := parser.parse_known_args(arguments)[0].model:
-        open_model(resolve_folder(model))
+        check_generates(open_model(resolve_folder(model)).config)
 
 
 def _check_layout(command: str, arguments: list[str]) -> None:

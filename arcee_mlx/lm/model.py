@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.layers.distributed import shard_linear
 
-from ..checkpoint.loading import map_names, tie_names
+from ..checkpoint.names import check_generates, map_names, tie_names
 from ..checkpoint.quantization import read_quantization
 from ..errors import InputError
 from ..model.config import ArceeConfig
@@ -40,6 +40,7 @@ class Model(ArceeForCausalLM):
     """ArceeForCausalLM as mlx-lm makes, fills and calls one."""
 
     def __init__(self, args: ArceeConfig) -> None:
+        check_generates(args)
         super().__init__(args)
         self.args = args
         self.model_type = "arcee"

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint.files import DTYPES, TensorEntry
+from ..checkpoint.names import find_prefix, is_causal
 from ..checkpoint.quantization import read_quantization
 from ..model.config import ArceeConfig
 
@@ -107,11 +108,11 @@ def count_decode_bytes(config: ArceeConfig, entries: Mapping[str, TensorEntry], 
         entries: the model's key -> its tensor; a tied head has none of its own.
         context_tokens: in the KV cache.
     """
-    prefix = "model." if any(key.startswith("model.") for key in entries) else ""
+    prefix = find_prefix(entries)
     paths = [f"{prefix}layers.{index}.{_DOWN}" for index in range(config.num_hidden_layers)]
     down = [sum(_matrix_bytes(entries, path)) for path in paths]
     embedding = sum(_matrix_bytes(entries, f"{prefix}embed_tokens"))
-    is_tied = bool(prefix) and not any(key.startswith("lm_head.") for key in entries)
+    is_tied = is_causal(entries) and not any(key.startswith("lm_head.") for key in entries)
     total = sum(entry.nbytes for entry in entries.values())
     slabs = min(SLABS, math.ceil(config.intermediate_size / _SLAB_NEURONS))
     written = slabs * config.hidden_size * _PARTIAL_BYTES * config.num_hidden_layers

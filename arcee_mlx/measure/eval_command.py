@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.hub import resolve_folder
-from ..checkpoint.loading import OpenedModel, open_model
+from ..checkpoint.opening import OpenedModel, open_model
 from ..checkpoint.tokenizer import read_tokenizer
 from ..errors import ArceeError, InputError
 from .evaluate import Comparison, compare, count_bytes

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint.loading import OpenedModel
+from ..checkpoint.opening import OpenedModel
 from ..errors import InputError
 from .divergence import Predictions, compare_predictions
 from .perplexity import exponentiate, standard_error

@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 
 from .. import upstream
 from ..checkpoint.files import TensorEntry, read_rows
+from ..checkpoint.names import find_prefix, is_causal
 from ..checkpoint.quantization import Quantization, read_quantization
 from ..errors import ArceeError
 from ..model.config import ArceeConfig
@@ -79,7 +80,7 @@ class LayerStream:
         """Args: of the model; its weights by the model's keys, with or without the prefix of a causal model."""
         self.config = replace(config, down_proj_layout="standard", quantization=None)
         self.weights = weights
-        self.prefix = "model." if any(key.startswith("model.") for key in weights.entries) else ""
+        self.prefix = find_prefix(weights.entries)
         self._rotary = RotaryEmbedding(self.config)
         with upstream.keep_random_state():
             self._layer = DecoderLayer(self.config)  # its random weights are never computed
@@ -95,7 +96,7 @@ class LayerStream:
     @property
     def has_head(self) -> bool:
         """Whether it is a causal model."""
-        return bool(self.prefix)
+        return is_causal(self.weights.entries)
 
     def embed(self, ids: mx.array) -> mx.array:
         """Token ids (N, T) -> (N, T, E); reads the rows of the tokens that occur, and no others."""

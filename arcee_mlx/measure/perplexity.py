@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint.loading import OpenedModel
+from ..checkpoint.opening import OpenedModel
 from ..errors import InputError
 from .divergence import FinalStates
 from .text import Windows
@@ -72,7 +72,7 @@ def measure_perplexity(opened: OpenedModel, windows: Windows, *, on_progress: Pr
         text = TextRun(opened, windows.ids[block])
         if not text.stream.has_head:
             raise InputError(
-                f"{config.source}: is of a decoder without a head; expected a causal model, which predicts tokens; name one"
+                f"{config.source}: is of a model without a language-model head; expected one that predicts tokens; name one"
             )
         for index, nbytes in enumerate(sizes):
             with text.stream.layer(index) as layer:

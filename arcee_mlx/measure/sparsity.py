@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint.loading import OpenedModel
+from ..checkpoint.opening import OpenedModel
 from ..errors import InputError
 from ..model.activations import ACTIVATIONS
 from ..model.config import ArceeConfig

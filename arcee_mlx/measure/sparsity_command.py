@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..checkpoint.hub import resolve_folder
-from ..checkpoint.loading import open_model
+from ..checkpoint.opening import open_model
 from ..checkpoint.tokenizer import read_tokenizer
 from ..errors import InputError
 from .decode_bytes import StepBytes, count_decode_bytes

@@ -8,7 +8,8 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint.loading import OpenedModel
+from ..checkpoint.names import strip_prefix
+from ..checkpoint.opening import OpenedModel
 from ..errors import InputError
 from ..model.decoder import DecoderLayer
 from ..model.inputs import check_ids
@@ -88,9 +89,7 @@ def pick_targets(ids: mx.array, scored: NDArray[np.bool_]) -> mx.array:
 def count_part(opened: OpenedModel, part: str = "") -> int:
     """Bytes of the tensors whose path begins so; of all."""
     names = opened.names.items()
-    return sum(
-        opened.checkpoint.entries[name].nbytes for key, name in names if key.removeprefix("model.").startswith(part)
-    )
+    return sum(opened.checkpoint.entries[name].nbytes for key, name in names if strip_prefix(key).startswith(part))
 
 
 def share_progress(on_progress: Progress | None, block: slice, count: int) -> Progress:

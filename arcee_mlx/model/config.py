@@ -24,6 +24,10 @@ DTYPES = ("float32", "float16", "bfloat16")
 _MAX_LABELS = 1_000_000  # each gets a name
 LAYOUTS = ("standard", "by_neuron")
 LAYOUT_VERSION = 1
+_LEFT_OUT_BY_DEFAULT = (
+    "architectures", "id2label", "label2id", "problem_type", "dtype", "quantization", "classifier_dropout",
+    "hidden_dropout", "token_classification_bias", "output_hidden_states", "output_attentions",
+)  # fmt: skip
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 
 _REQUIRED_ROPE_KEYS = {
@@ -91,6 +95,8 @@ class ArceeConfig:
             (PyTorch's transformers 5 form; `from_dict` also reads `rope_scaling` and `rope_theta`).
         dtype: dtype the checkpoint was saved for: "float32", "float16", "bfloat16", or None when it does not say.
         id2label: class names of a classification head; None where the file has none (`num_labels` is then 2).
+        classifier_dropout, hidden_dropout: of a token classifier in training: the first that is not None, else 0.1.
+        token_classification_bias: whether a token classifier's head has one.
         quantization: MLX's quantization table as mlx-lm writes it (`group_size`, `bits`, `mode`, entries per layer).
         down_proj_layout: how down projections are stored: "standard", or "by_neuron" (transposed). In the file it is
             an object with a version, which is absent for the standard layout.
@@ -124,6 +130,9 @@ class ArceeConfig:
     id2label: dict[int, str] | None = None
     label2id: dict[str, int] | None = None
     problem_type: str | None = None
+    classifier_dropout: float | None = None
+    hidden_dropout: float | None = None
+    token_classification_bias: bool = True
     output_hidden_states: bool = False
     output_attentions: bool = False
     quantization: dict[str, Any] | None = None
@@ -157,6 +166,8 @@ class ArceeConfig:
             self._refuse("pad_token_id", self.pad_token_id, f"an id below vocab_size {self.vocab_size}")
         if self.problem_type == "single_label_classification" and self.num_labels == 1:
             self._refuse("problem_type", self.problem_type, "regression, or at least 2 labels in id2label")
+        if self.id2label is not None and self.label2id is None:
+            put("label2id", {name: i for i, name in self.id2label.items()})
         put("rope_parameters", self._complete_rope(dict(self.rope_parameters or {})))
 
     @property
@@ -215,11 +226,8 @@ class ArceeConfig:
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of config.json in transformers 5's form; `ArceeConfig.from_dict` reads it back unchanged."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "source"}
-        for key in ("architectures", "id2label", "label2id", "problem_type", "dtype", "quantization"):
-            if values[key] is None:
-                del values[key]
-        for key in ("output_hidden_states", "output_attentions"):
-            if not values[key]:
+        for key in _LEFT_OUT_BY_DEFAULT:
+            if values[key] == getattr(ArceeConfig, key):
                 del values[key]
         values |= layout_entry(values.pop("down_proj_layout"))
         return encode_special_floats({"model_type": "arcee", **values})
@@ -250,7 +258,7 @@ class ArceeConfig:
             self._refuse("rms_norm_eps", self.rms_norm_eps, "a number above 0")
         if not isinstance(self.quantization, dict | None):
             self._refuse("quantization", self.quantization, "an object, as mlx-lm writes it")
-        for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+        for name in ("tie_word_embeddings", "attention_bias", "mlp_bias", "token_classification_bias"):
             if not isinstance(getattr(self, name), bool):
                 self._refuse(name, getattr(self, name), "true or false")
         names = self.architectures

@@ -74,6 +74,9 @@ def read_inputs(
             raise InputError(f"input_ids has shape {ids.shape}; expected (rows, tokens)")
         check_ids(ids, 0, config.vocab_size, "input_ids")
         h = embed_tokens(ids)
+        if config.pad_token_id is not None:  # torch's padding_idx: looking the pad token up does not train its row
+            is_pad = ids == config.pad_token_id % config.vocab_size
+            h = mx.where(is_pad[..., None], mx.stop_gradient(h), h)
     if 0 in h.shape[:2]:
         raise InputError(f"the input has {h.shape[0]} rows of {h.shape[1]} tokens; expected at least one of each")
     return Embedded(h, h.shape[0], h.shape[1])

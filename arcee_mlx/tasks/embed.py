@@ -9,9 +9,10 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from ..checkpoint.names import Model, decoder_of
 from ..checkpoint.tokenizer import Tokenizer
 from ..errors import InputError
-from ..model.decoder import ArceeForCausalLM, ArceeModel
+from ..model.decoder import ArceeModel
 from .batches import Batch, TokenizedText, make_batches, run_decoder, tokenize
 
 Pooling = Literal["mean", "last", "eos"]
@@ -19,7 +20,7 @@ _LEAST_NORM = 1e-12  # torch's normalize divides by no less
 
 
 def embed(
-    model: ArceeForCausalLM | ArceeModel,
+    model: Model,
     tokenizer: Tokenizer,
     texts: Sequence[str],
     pooling: Pooling = "mean",
@@ -35,7 +36,7 @@ def embed(
     difference with the BLAS of MLX's Linux wheel, at most 1e-6 an entry with OpenBLAS. Not measured on Metal.
 
     Args:
-        model: its decoder is used, the head is not.
+        model: of any class; its decoder is used, the head is not.
         texts: each as it is, with what the tokenizer puts around it.
         pooling: "mean" of all tokens' states, those that the tokenizer puts around a text included; "last", the state
             of the last token; "eos", the state of an end-of-text token that every text is ended with.
@@ -62,7 +63,7 @@ def check_pooling(pooling: str) -> None:
 
 
 def embed_rows(
-    model: ArceeForCausalLM | ArceeModel,
+    model: Model,
     rows: Sequence[TokenizedText],
     *,
     pooling: Pooling,
@@ -70,11 +71,7 @@ def embed_rows(
     batch_size: int,
 ) -> NDArray[np.float32]:
     """Embeds texts that are tokens already, ended where the pooling asks for it; see `embed`."""
-    decoder = model if isinstance(model, ArceeModel) else getattr(model, "model", None)
-    if not isinstance(decoder, ArceeModel):
-        raise InputError(
-            f"model is of type {type(model).__name__}; expected an Arcee model; load one with arcee_mlx.load"
-        )
+    decoder = decoder_of(model)
     if empty := [row.name for row in rows if not row.encoding.ids]:
         raise InputError(f"{empty[0]}: has no tokens; expected at least one to embed; leave it out")
     vectors = np.empty((len(rows), decoder.config.hidden_size), dtype=np.float32)

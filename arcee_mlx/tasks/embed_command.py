@@ -12,7 +12,7 @@ from ..checkpoint.hub import resolve_folder
 from ..checkpoint.loading import load_model
 from ..checkpoint.tokenizer import read_tokenizer
 from ..generate.arguments import add_model_arguments
-from ..generate.opening import choose_model
+from ..generate.opening import name_model
 from ..model.decoder import ArceeModel
 from .embed import Pooling, embed_rows
 from .lines import Line, answer_lines, check_files, tokenize_lines
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         ArceeError: a line or an option is not what it should be, or the checkpoint cannot be used.
     """
     check_files(args)
-    folder = resolve_folder(choose_model(args), revision=args.revision)
+    folder = resolve_folder(name_model(args), revision=args.revision)
     tokenizer = read_tokenizer(folder)
     model = load_model(folder, ArceeModel, args.dtype, adapter_path=args.adapter_path)  # the head stays on the disk
 

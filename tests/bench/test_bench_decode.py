@@ -35,7 +35,7 @@ from arcee_mlx.bench.decode_timing import (
     measure_layouts,
     set_zeros,
 )
-from arcee_mlx.checkpoint.loading import open_model
+from arcee_mlx.checkpoint.opening import open_model
 from arcee_mlx.cli import main
 from arcee_mlx.measure.decode_bytes import StepBytes, count_decode_bytes
 from arcee_mlx.measure.sparsity import measure_sparsity

@@ -196,13 +196,10 @@ def test_stale_rope_table_is_ignored_by_name(tmp_path: Path, name: str) -> None:
     assert same(load_model(write(tmp_path, {**TENSORS, name: mx.ones((3,))})), random_model())
 
 
-@pytest.mark.parametrize(
-    "architecture", ["ArceeForSequenceClassification", "ArceeForTokenClassification", "ArceeForQuestionAnswering", "X"]
-)
-def test_other_architectures_are_refused_with_a_way_out(tmp_path: Path, architecture: str) -> None:
+def test_other_architectures_are_refused_with_a_way_out(tmp_path: Path) -> None:
     tensors = {**BODY, "score.weight": mx.ones((3, 64)), "score.bias": mx.ones((3,))}
-    folder = write(tmp_path, tensors, architectures=[architecture])
-    with pytest.raises(ConfigError, match=f"architectures names '{architecture}'.*model_class"):
+    folder = write(tmp_path, tensors, architectures=["X"])
+    with pytest.raises(ConfigError, match="architectures names 'X'.*model_class"):
         load_model(folder)
     assert same(load_model(folder, ArceeModel), random_model().model)
 

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 import arcee_mlx.lm  # noqa: F401 - makes arcee known to mlx-lm
 from arcee_mlx import ArceeConfig, ArceeModel, load_model
 from arcee_mlx.checkpoint.files import open_checkpoint
-from arcee_mlx.checkpoint.loading import open_model
+from arcee_mlx.checkpoint.opening import open_model
 from arcee_mlx.checkpoint.quantization import Quantization
 from arcee_mlx.conversion.plan import (
     PlannedTensor,

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,11 @@ import arcee_mlx
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
-NAMES = ("batch_csv", "coming_from_transformers", "custom_sampler", "finetune_lora", "serve")
+NAMES = [
+    "asyncio_app", "batch_csv", "coming_from_transformers", "custom_sampler", "finetune_lora", "saved_session", "serve",
+]  # fmt: skip
+if find_spec("_tkinter"):  # some builds of Python have none
+    NAMES.append("desktop_window")
 
 
 @pytest.fixture
@@ -171,6 +176,40 @@ def test_a_repeated_pair_is_forbidden_and_nothing_else(example: Callable[[str], 
     assert process(mx.array([3]), scores).tolist() == scores.tolist()
     changed = process(mx.array([3, 1, 3, 5, 3, 1, 2, 3]), scores).tolist()[0]
     assert changed == [0, -float("inf"), 2, 3, 4, -float("inf")]
+
+
+def test_texts_are_streamed_at_once_and_the_cancelled_one_computes_no_further(
+    example: Callable[[str], Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert example("asyncio_app").main([]) == 0
+    *lines, counts = capsys.readouterr().out.splitlines()
+    names = [line.split("|")[0].strip() for line in lines]
+    assert names.index("sea") < max(i for i, name in enumerate(names) if name == "nation")
+    assert names.index("nation") < max(i for i, name in enumerate(names) if name == "sea")
+    ends = {name: line.rpartition(" [")[2] for name, line in zip(names, lines, strict=True)}
+    assert ends.pop("whale") == "cancelled]" and set(ends.values()) <= {"max_tokens]", "eos]"}
+    tokens, steps = map(int, re.findall(r"\d+", counts))
+    assert steps < 100 < tokens  # one alone would take 800 steps to its end
+
+
+def test_a_saved_session_goes_on_in_another_process_as_if_it_had_never_ended(
+    example: Callable[[str], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = [sys.executable, "-W", "error", str(EXAMPLES / "saved_session.py"), "talk.safetensors"]
+    first = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert example("saved_session").main(["talk.safetensors", "--say", "And the whale?"]) == 0
+    second = capsys.readouterr().out
+    options = arcee_mlx.GenerateOptions(max_tokens=60, seed=1)
+    with arcee_mlx.Engine.load(arcee_mlx.DEMO_MODEL) as engine:
+        session = engine.session(options=options)
+        for text in ("Tell me about the sea.", "And the whale?"):
+            for _ in session.send(text):
+                pass
+        said = [f"{message.role}: {message.content}" for message in session.messages]
+    assert first.startswith("\n".join(said[:2])) and "\n(0 of " in first
+    assert second.startswith("\n".join(said))
+    there, of = map(int, re.findall(r"\d+", second.splitlines()[-1]))
+    assert 70 < there < of < there + 30
 
 
 def test_importing_is_cheap_and_every_example_tells_its_options(tmp_path: Path) -> None:

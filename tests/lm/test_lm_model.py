@@ -15,6 +15,7 @@ import pytest
 
 import arcee_mlx
 import arcee_mlx.lm
+from arcee_mlx.lm.command import main
 from arcee_mlx.lm.model import Model, ModelArgs
 from arcee_mlx.model.relu2.down import store_by_neuron
 from arcee_mlx.upstream import mlx_lm_module
@@ -37,6 +38,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "new with infinity": {"rope_parameters": {"rope_type": "linear", "factor": {"__float__": "Infinity"}}},
 }
+
+
+@pytest.mark.parametrize("name", ["ArceeForSequenceClassification", "ArceeForQuestionAnswering"])
+def test_a_classifier_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    # mlx-lm would leave its head out, and a tied embedding would stand in for the language model's.
+    model = getattr(arcee_mlx, name)(tiny_config(tie_word_embeddings=True))
+    arcee_mlx.save_checkpoint(model, tmp_path / "x")
+    write_tokenizer(tmp_path / "x")
+    with pytest.raises(arcee_mlx.ConfigError, match=f"{name}.*generates no text"):
+        mlx_lm.load(str(tmp_path / "x"))
+    assert main(["server", "--model", str(tmp_path / "x")]) == 2
 
 
 def logits(path: Path) -> mx.array:

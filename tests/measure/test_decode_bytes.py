@@ -9,7 +9,7 @@ import pytest
 from arcee_mlx import DEMO_MODEL, ArceeConfig, ArceeForCausalLM, ArceeModel, save_checkpoint
 from arcee_mlx.bench.afm_shape import AFM_CONFIG, tensor_shapes
 from arcee_mlx.checkpoint.files import DTYPES, TensorEntry
-from arcee_mlx.checkpoint.loading import open_model
+from arcee_mlx.checkpoint.opening import open_model
 from arcee_mlx.checkpoint.quantization import Quantization
 from arcee_mlx.measure.decode_bytes import count_decode_bytes
 

@@ -10,7 +10,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from arcee_mlx import DEMO_MODEL, ArceeForCausalLM, ArceeModel, load_model, save_checkpoint
-from arcee_mlx.checkpoint.loading import open_model
+from arcee_mlx.checkpoint.opening import open_model
 from arcee_mlx.errors import ArceeError, InputError
 from arcee_mlx.measure import divergence, text_run
 from arcee_mlx.measure.evaluate import compare, count_bytes

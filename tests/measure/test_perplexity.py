@@ -9,7 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from arcee_mlx import ArceeForCausalLM, ArceeModel, load_model, save_checkpoint
-from arcee_mlx.checkpoint.loading import open_model
+from arcee_mlx.checkpoint.opening import open_model
 from arcee_mlx.errors import ArceeError, InputError
 from arcee_mlx.measure import divergence, perplexity, text_run
 from arcee_mlx.measure.evaluate import compare
@@ -101,7 +101,9 @@ def test_a_text_in_blocks_is_compared_as_in_one(tmp_path, windows, monkeypatch):
     monkeypatch.setattr(text_run, "_BLOCK_BYTES", 2**30)
     as_one = compare(reference, other, windows.ids).to_dict()
     for each in (in_blocks, as_one):
-        each |= {f"{name}{layer['index']}": layer[name] for layer in each.pop("layers") for name in ("own", "accumulated")}
+        each |= {
+            f"{name}{layer['index']}": layer[name] for layer in each.pop("layers") for name in ("own", "accumulated")
+        }
     assert in_blocks == pytest.approx(as_one, rel=1e-6)
 
 
@@ -134,7 +136,7 @@ def test_memory_grows_neither_with_the_layers_nor_with_the_text(tmp_path, monkey
 
 
 def test_a_decoder_without_a_head_is_refused(tmp_path, windows):
-    with pytest.raises(InputError, match="without a head"):
+    with pytest.raises(InputError, match="without a language-model head"):
         measure_perplexity(save(tmp_path / "a", model_class=ArceeModel), windows)
 
 

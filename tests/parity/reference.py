@@ -10,12 +10,14 @@ import mlx.core as mx
 import numpy as np
 import torch
 import transformers
+from huggingface_hub.utils import enable_progress_bars
 from transformers import ArceeConfig as TheirConfig
 from transformers import ArceeForCausalLM as TheirCausalLM
 
 torch.set_num_threads(1)
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+enable_progress_bars()  # of huggingface_hub, which transformers silences along; other tests in this process look at them
 
 ATOL = 2e-4  # on float32 logits of standard deviation 2; the smallest mistake moves them by 0.08
 

@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import arcee_mlx  # noqa: E402
-from arcee_mlx.checkpoint.loading import open_model  # noqa: E402
+from arcee_mlx.checkpoint.opening import open_model  # noqa: E402
 from arcee_mlx.checkpoint.tokenizer import read_tokenizer  # noqa: E402
 from arcee_mlx.measure.perplexity import measure_perplexity  # noqa: E402
 from arcee_mlx.measure.text import cut_windows  # noqa: E402

@@ -201,7 +201,7 @@ def store_by_neuron(model: Any) -> None:
     Then a checkpoint of the standard layout, loaded as it is, leaves out the rows of zero neurons too.
 
     Args:
-        model: ArceeForCausalLM or ArceeModel; changed in place.
+        model: ArceeModel, or one with a head; changed in place.
 
     Raises:
         InputError: a down projection is quantized, or has an adapter.
@@ -219,8 +219,8 @@ def store_by_neuron(model: Any) -> None:
         mx.eval(new.parameters())
         mlp.down_proj = new
         del old, new
-    for owner in (model, model.get("model")):
-        if owner is not None:
+    for owner in model.modules():
+        if hasattr(owner, "config"):
             owner.config = dataclasses.replace(owner.config, down_proj_layout="by_neuron")
 
 

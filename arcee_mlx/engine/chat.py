@@ -1,0 +1,168 @@
+"""Chat: what a line typed in `arcee-mlx chat` does. Answers go to standard output, all else to standard error."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import mlx.core as mx
+
+from ..errors import InputError
+from ..generate.options import GenerateOptions
+from .answer_stream import AnswerStream
+from .engine import Engine
+from .session import Session
+
+COMMANDS = {
+    "/help": ("", "this list"),
+    "/again": ("", "another answer to your last message (also /regenerate)"),
+    "/undo": ("", "take back your last message and its answer"),
+    "/system": ("[TEXT]", "show what the model is told first, or tell it something else; '-' for nothing"),
+    "/save": ("FILE", "save the conversation; FILE ends in .safetensors"),
+    "/load": ("FILE", "go on with a saved one instead"),
+    "/stats": ("", "tokens, speed, memory"),
+    "/quit": ("", "leave (also /exit, Ctrl-D)"),
+}
+ALIASES = {"/regenerate": "/again", "/exit": "/quit"}
+_ENDINGS = {
+    "cancelled": "stopped",
+    "max_tokens": "cut off: --max-tokens allows more, -1 as many as fit",
+    "context_full": "cut off: the model's context is full; /undo makes room",
+}
+
+
+class Chat:
+    """A conversation with an engine, line by line.
+
+    Attributes:
+        session: the conversation.
+    """
+
+    def __init__(self, engine: Engine, session: Session, options: GenerateOptions, *, quiet: bool = False) -> None:
+        """Args:
+        options: of every answer.
+        quiet: no notes nobody asked for.
+        """
+        self.session = session
+        self._engine, self._options, self._quiet = engine, options, quiet
+        self._tries = 0
+        self._last_stats = "no answer yet"
+
+    def take(self, line: str) -> bool:
+        """Does what a line says; False when it says to leave. Ctrl-C in an answer stops the answer.
+
+        Raises:
+            ArceeError: it could not be done; the conversation is as it was.
+        """
+        if not line.startswith("/"):
+            if text := line.strip():
+                self._tries = 0
+                self._answer(lambda: self.session.send(text, self._options))
+            return True
+        name, _, given = line.partition(" ")
+        name, given = ALIASES.get(name, name), given.strip()
+        if name not in COMMANDS:
+            raise InputError(
+                f"{name!r} is no command; expected one of {', '.join(COMMANDS)}; a space before it sends it"
+            )
+        wanted = COMMANDS[name][0]
+        if (given and not wanted) or (wanted == "FILE" and not given):
+            raise InputError(f"{name} is given {given!r}; expected {wanted or 'nothing'} after it")
+        if name == "/quit":
+            return False
+        does: dict[str, Callable[[], None]] = {
+            "/help": self._help,
+            "/again": self._again,
+            "/undo": self._undo,
+            "/system": lambda: self._system(given),
+            "/save": lambda: self._save(given),
+            "/load": lambda: self._load(given),
+            "/stats": self._stats,
+        }
+        does[name]()
+        return True
+
+    def _answer(self, start: Callable[[], AnswerStream]) -> None:
+        with _ctrl_c_stops(start) as stream:
+            try:
+                for chunk in stream:
+                    sys.stdout.write(chunk.text)
+                    sys.stdout.flush()
+            finally:
+                print(flush=True)
+        answer = stream.request.result()
+        stats = answer.stats
+        self._last_stats = (
+            f"{stats.generation_tokens} tokens, {stats.generation_tokens_per_s:.1f} a second, seed {stats.seed}; "
+            f"{stats.cached_tokens} of {stats.prompt_tokens} prompt tokens were there already"
+        )
+        if answer.stop_reason in _ENDINGS and not self._quiet:
+            _tell(f"({_ENDINGS[answer.stop_reason]})")
+
+    def _help(self) -> None:
+        _tell("\n".join(f"{name + ' ' + given:15} {what}" for name, (given, what) in COMMANDS.items()))
+
+    def _again(self) -> None:
+        self._tries += 1
+        options, seed = self._options, self._options.seed
+        if seed is not None:  # the same one would give the same answer
+            options = replace(options, seed=(seed + self._tries) % 2**64)
+        self._answer(lambda: self.session.regenerate(options))
+
+    def _undo(self) -> None:
+        self.session.roll_back()
+        _tell(f"({len(self.session.messages)} messages are left)")
+
+    def _system(self, text: str) -> None:
+        before = self.session
+        said = [message for message in before.messages if message.role != "system"]
+        if text:
+            prompt = None if text == "-" else text
+            self.session = self._engine.session(prompt, messages=said, options=before.options, overflow=before.overflow)
+        told = [message.content for message in self.session.messages if message.role == "system"]
+        _tell(f"(system prompt: {told[0]})" if told else "(no system prompt)")
+
+    def _save(self, file: str) -> None:
+        self.session.save(file)
+        _tell(f"(saved as {file})")
+
+    def _load(self, file: str) -> None:
+        self.session = self._engine.load_session(file)
+        _tell(f"({len(self.session.messages)} messages)")
+
+    def _stats(self) -> None:
+        stats = self._engine.stats()
+        _tell(
+            f"Conversation: {len(self.session.messages)} messages\nLast answer: {self._last_stats}\n"
+            f"Memory: {mx.get_active_memory() / 1e6:,.0f} MB in use, at most {stats.predicted_bytes / 1e6:,.0f} of "
+            f"{stats.budget_bytes / 1e6:,.0f} MB"
+        )
+
+
+@contextmanager
+def _ctrl_c_stops(start: Callable[[], AnswerStream]) -> Iterator[AnswerStream]:
+    """Begins an answer; while the block lasts Ctrl-C cancels it and raises nothing, so that what was made is kept."""
+    stream: AnswerStream | None = None
+    pressed = False
+
+    def stop(*_: object) -> None:
+        nonlocal pressed
+        pressed = True
+        if stream is not None:
+            stream.close()
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        stream = start()
+        if pressed:  # before there was anything to stop
+            stream.close()
+        yield stream
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
