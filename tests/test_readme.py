@@ -35,7 +35,7 @@ def test_the_commands_parse_as_they_stand(monkeypatch: pytest.MonkeyPatch) -> No
     lines = [shlex.split(line) for block in blocks("bash") for line in block.splitlines()]
     ours = [line[1:] for line in lines if line[0].endswith("arcee-mlx")]
     assert [line[0] for line in ours] == [
-        "doctor", "convert", "generate", "inspect", "sparsity", "bench", "bench", "chat",
+        "doctor", "convert", "generate", "inspect", "eval", "eval", "score", "embed", "sparsity", "bench", "bench", "chat",
     ]  # fmt: skip
     for line in ours:
         assert main(line) == 0
