@@ -50,6 +50,7 @@ from .model.heads import (
     TokenClassifierOutput,
 )
 from .model.relu2.down import store_by_neuron
+from .tasks import TextScore, TokenScore, embed, score
 
 __all__ = [
     "DEMO_MODEL",
@@ -89,12 +90,15 @@ __all__ = [
     "Request",
     "SequenceClassifierOutput",
     "Session",
+    "TextScore",
     "TokenClassifierOutput",
     "TokenLogprob",
+    "TokenScore",
     "Tokenizer",
     "TokenizerError",
     "beam_search",
     "cache_prompt",
+    "embed",
     "fuse_adapter",
     "generate",
     "generate_answers",
@@ -106,6 +110,7 @@ __all__ = [
     "load_prompt_cache",
     "save_checkpoint",
     "save_peft_adapter",
+    "score",
     "save_prompt_cache",
     "set_adapter",
     "store_by_neuron",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,21 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     )
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """The tokens of a text and where they are in it; from `Tokenizer.encode_with_offsets`, under tokenizers' names.
+
+    Attributes:
+        ids: of the tokens.
+        offsets: (start, end) in characters of the text, each; tokens that share a character all name it.
+        special_tokens_mask: 1 for what the tokenizer put around the text, which stands nowhere in it.
+    """
+
+    ids: Sequence[int]
+    offsets: Sequence[tuple[int, int]]
+    special_tokens_mask: Sequence[int]
+
+
 class Tokenizer:
     """A checkpoint's tokenizer; `read_tokenizer` makes it. Safe to share: nothing in it changes after it is made.
 
@@ -151,6 +167,14 @@ class Tokenizer:
         Raises:
             InputError: `text` is not a str, or has half of a surrogate pair, which UTF-8 cannot hold.
         """
+        return self._encode(text, add_special_tokens).ids
+
+    def encode_with_offsets(self, text: str, *, add_special_tokens: bool = True) -> Encoding:
+        """Turn text into ids and the places they have in it; arguments and errors as in `encode`."""
+        encoding = self._encode(text, add_special_tokens)
+        return Encoding(encoding.ids, encoding.offsets, encoding.special_tokens_mask)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
         if not isinstance(text, str):
             raise InputError(f"text is of type {type(text).__name__}; expected str; join or decode it first")
         try:
@@ -160,7 +184,7 @@ class Tokenizer:
                 f"text has a lone surrogate at position {error.start}; expected valid Unicode; "
                 "read the source with errors='replace'"
             ) from error
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return self._backend.encode(text, add_special_tokens=add_special_tokens)
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         """Turn ids into text.
