@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from ..checkpoint.tokenizer import Encoding, Tokenizer
 from ..errors import InputError
+from ..generate.options import context_tokens
 from ..model.config import ArceeConfig
 from ..model.decoder import ArceeModel
 from ..model.inputs import check_ids
@@ -71,7 +72,7 @@ def tokenize(
     """
     if isinstance(texts, str):
         raise InputError("texts is a single text; expected a list of texts; put it into one")
-    most = config.max_position_embeddings
+    most = context_tokens(config)
     if max_length is not None and (isinstance(max_length, bool) or not 1 <= max_length <= most):
         raise InputError(f"max_length is {max_length}; expected 1 to {most}, the model's positions; choose another")
     if add_eos and tokenizer.eos_token_id is None:
