@@ -183,10 +183,13 @@ class Tokenizer:
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_with_offsets(self, text: str, pair: str | None = None, *, add_special_tokens: bool = True) -> Encoding:
-        """Turn text, or a pair of texts, into ids and the places they have in it; arguments and errors as in `encode`."""
+        """Turn text, or a pair of texts, into ids and the places they have in it; arguments and errors as in `encode`.
+
+        An empty second text is none, as in transformers: no token parts the two.
+        """
         for given in (text,) if pair is None else (text, pair):
             _check_text(given)
-        found = self._backend.encode(text, pair, add_special_tokens=add_special_tokens)
+        found = self._backend.encode(text, pair or None, add_special_tokens=add_special_tokens)
         return Encoding(found.ids, found.offsets, found.special_tokens_mask, found.sequence_ids, found.word_ids)
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
