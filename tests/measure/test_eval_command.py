@@ -28,14 +28,18 @@ def text(tmp_path):
 
 @pytest.fixture
 def evaluate(checkpoint, text):
-    return lambda *arguments: main(["eval", str(checkpoint), "--text", str(text), "--sequence-length", "16", *arguments])
+    return lambda *arguments: main(
+        ["eval", str(checkpoint), "--text", str(text), "--sequence-length", "16", *arguments]
+    )
 
 
 @pytest.fixture
 def other(checkpoint, tmp_path):
     """The tiny checkpoint, a little different."""
     model = arcee_mlx.load_model(checkpoint)
-    model.lm_head.weight = model.lm_head.weight + 0.05 * mx.random.normal(model.lm_head.weight.shape, key=mx.random.key(0))
+    model.lm_head.weight = model.lm_head.weight + 0.05 * mx.random.normal(
+        model.lm_head.weight.shape, key=mx.random.key(0)
+    )
     arcee_mlx.save_checkpoint(model, tmp_path / "other")
     write_tokenizer(tmp_path / "other")
     return tmp_path / "other"
@@ -55,9 +59,7 @@ def measured(folder, **options):
         ([], {"max_windows": 64}),
     ],
 )
-def test_numbers_are_those_of_the_text_and_table_and_json_agree(
-    evaluate, checkpoint, capsys, arguments, options
-):
+def test_numbers_are_those_of_the_text_and_table_and_json_agree(evaluate, checkpoint, capsys, arguments, options):
     expected, windows = measured(checkpoint, **options)
     assert evaluate("--json", *arguments) == 0
     captured = capsys.readouterr()
@@ -129,7 +131,9 @@ def test_what_cannot_be_measured_is_said(evaluate, capsys, arguments, words):
 def test_a_reference_with_another_vocabulary_is_refused(evaluate, other, capsys):
     file = other / "tokenizer.json"
     values = json.loads(file.read_text())
-    values["model"]["vocab"] = {f"{key}x" if index == 399 else key: index for key, index in values["model"]["vocab"].items()}
+    values["model"]["vocab"] = {
+        f"{key}x" if index == 399 else key: index for key, index in values["model"]["vocab"].items()
+    }
     values["model"]["merges"].pop()
     file.write_text(json.dumps(values))
     assert evaluate("--reference", str(other)) == 2
@@ -160,7 +164,9 @@ def test_what_lm_eval_is_asked_and_what_it_answers(checkpoint, monkeypatch, caps
         print("mlx-lm's own words")
         folder = Path(arguments[arguments.index("--output-dir") + 1])
         asked.extend([command, *arguments[: arguments.index("--output-dir")]])
-        results = {"a": {"alias": "a", "acc,none": 0.5, "acc_stderr,none": 0.25, "em,strict": 1.0, "em_stderr,strict": "N/A"}}
+        results = {
+            "a": {"alias": "a", "acc,none": 0.5, "acc_stderr,none": 0.25, "em,strict": 1.0, "em_stderr,strict": "N/A"}
+        }
         (folder / "eval").write_text(json.dumps(results))
 
     monkeypatch.setattr(lm_command, "run_command", run_command)

@@ -101,7 +101,9 @@ def test_a_text_in_blocks_is_compared_as_in_one(tmp_path, windows, monkeypatch):
     monkeypatch.setattr(text_run, "_BLOCK_BYTES", 2**30)
     as_one = compare(reference, other, windows.ids).to_dict()
     for each in (in_blocks, as_one):
-        each |= {f"{name}{layer['index']}": layer[name] for layer in each.pop("layers") for name in ("own", "accumulated")}
+        each |= {
+            f"{name}{layer['index']}": layer[name] for layer in each.pop("layers") for name in ("own", "accumulated")
+        }
     assert in_blocks == pytest.approx(as_one, rel=1e-6)
 
 

@@ -126,7 +126,9 @@ def test_few_overlapping_windows_stand_for_their_own_bytes(tokenizer):
     chosen = np.array([0, count // 3, 2 * count // 3])
     assert np.array_equal(some.ids, np.array(every.ids)[chosen])
     assert np.array_equal(some.scored, every.scored[chosen])
-    words = "".join(tokenizer.decode(np.array(row)[mask].tolist()) for row, mask in zip(some.ids, some.scored, strict=True))
+    words = "".join(
+        tokenizer.decode(np.array(row)[mask].tolist()) for row, mask in zip(some.ids, some.scored, strict=True)
+    )
     assert some.text_bytes == len(words.encode())
 
 
