@@ -128,6 +128,14 @@ def test_no_answer_counts_where_asked_for(tokenizer: Tokenizer) -> None:
     assert answer(unsure, tokenizer, QUESTION, "", handle_impossible_answer=True) == [AnswerSpan("", 1.0, 0, 0)]
 
 
+def test_a_window_with_an_answer_speaks_against_none(tokenizer: Tokenizer, finder: Any) -> None:
+    context = " ago" * 20 + " Ishmael of the world" + " ago" * 60
+    spans = answer(
+        finder, tokenizer, QUESTION, context, max_seq_len=40, doc_stride=5, top_k=5000, handle_impossible_answer=True
+    )
+    assert next(span.score for span in spans if span.answer == "") < 1e-6  # where all tokens are equal it is over 1e-4
+
+
 def test_an_empty_context_has_no_answer(tokenizer: Tokenizer) -> None:
     assert answer(make(), tokenizer, QUESTION, "") == []
 
