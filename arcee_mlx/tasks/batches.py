@@ -7,7 +7,7 @@ rotation depends on the length of the text (`dynamic` and `longrope`), only rows
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import mlx.core as mx
 
@@ -23,7 +23,7 @@ _TOKENS_TOGETHER = 4096  # of a pass through the model, padding included
 
 @dataclass(frozen=True)
 class TokenizedText:
-    """A text, its name for errors, and its tokens; from `tokenize`."""
+    """A text, of a pair the first, its name for errors, and the tokens of all of it; from `tokenize`."""
 
     name: str
     text: str
@@ -48,7 +48,7 @@ class Batch:
 def tokenize(
     tokenizer: Tokenizer,
     config: ArceeConfig,
-    texts: Sequence[str],
+    texts: Sequence[str | tuple[str, str]],
     *,
     names: Sequence[str] | None = None,
     max_length: int | None = None,
@@ -59,14 +59,15 @@ def tokenize(
 
     Args:
         tokenizer, config: of the model.
-        texts: any Unicode texts.
+        texts: any Unicode texts, or pairs of them, which the tokenizer puts together.
         names: of the texts, for errors; None counts them from 0.
         max_length: tokens of a text at most; None for the model's positions.
-        truncate: cut longer texts at their end, instead of refusing them; what was put around them stays.
+        truncate: cut longer texts at their end, of a pair the longer one first, instead of refusing them; what was put
+            around them stays.
         add_eos: end every text with the tokenizer's end-of-text token, unless it has already.
 
     Raises:
-        InputError: `texts` is a single text, one of them is too long or no str, max_length is out of range, the tokenizer
+        InputError: `texts` is a single text, one of them is too long, no str and no pair, max_length is out of range, the tokenizer
             has no end-of-text token where one is needed, or it is another model's.
     """
     if isinstance(texts, str):
@@ -77,10 +78,13 @@ def tokenize(
     if add_eos and tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no eos_token; expected one to end texts with; take another pooling")
     rows = []
-    for i, text in enumerate(texts):
+    for i, given in enumerate(texts):
         name = f"text {i}" if names is None else names[i]
+        if isinstance(given, tuple) and len(given) != 2:
+            raise InputError(f"{name}: is a tuple of {len(given)}; expected a text, or a pair of texts")
+        text, pair = given if isinstance(given, tuple) else (given, None)
         try:
-            encoding = tokenizer.encode_with_offsets(text)
+            encoding = tokenizer.encode_with_offsets(text, pair)
             if add_eos:
                 encoding = _end(encoding, tokenizer.eos_token_id or 0, len(text))
             encoding = _fit(encoding, most if max_length is None else max_length, truncate)
@@ -135,27 +139,41 @@ def run_decoder(decoder: ArceeModel, batch: Batch) -> Iterator[tuple[int, mx.arr
         yield start, decoder(batch.ids[:, start : start + step], cache)
 
 
+def states_at(decoder: ArceeModel, batch: Batch, places: Sequence[int]) -> mx.array:
+    """Gives one hidden state of each row, (B, E): that of the token at its place."""
+    at = mx.array(list(places))[:, None, None]
+    found = None
+    for start, h in run_decoder(decoder, batch):
+        picked = mx.take_along_axis(h, mx.clip(at - start, 0, h.shape[1] - 1), axis=1)[:, 0]
+        found = picked if found is None else mx.where(at[:, 0] < start, found, picked)
+        mx.eval(found)
+    assert found is not None, "a batch has tokens"
+    return found
+
+
 def _end(encoding: Encoding, eos: int, place: int) -> Encoding:
     if encoding.ids and encoding.ids[-1] == eos:
         return encoding
-    return Encoding([*encoding.ids, eos], [*encoding.offsets, (place, place)], [*encoding.special_tokens_mask, 1])
+    end = Encoding([eos], [(place, place)], [1], [None], [None])
+    return Encoding(*([*getattr(encoding, f.name), *getattr(end, f.name)] for f in fields(Encoding)))
 
 
 def _fit(encoding: Encoding, most: int, truncate: bool) -> Encoding:
-    """Leaves out tokens from the end of the text proper, if there are too many."""
+    """Leaves out tokens from the end of the text proper, of a pair from the longer one first, if there are too many."""
     excess = len(encoding.ids) - most
     if excess <= 0:
         return encoding
-    own = [i for i, is_special in enumerate(encoding.special_tokens_mask) if not is_special]
-    if not truncate or excess > len(own):
+    own = [[i for i, kind in enumerate(encoding.sequence_ids) if kind == which] for which in (0, 1)]
+    room = sum(map(len, own)) - excess
+    if not truncate or room < 0:
         raise InputError(
             f"has {len(encoding.ids)} tokens; expected at most {most}; shorten it, or let it be cut (truncate=True, "
             f"--truncate)"
         )
-    gone = set(own[len(own) - excess :])
-    kept = [i for i in range(len(encoding.ids)) if i not in gone]
-    return Encoding(
-        [encoding.ids[i] for i in kept],
-        [encoding.offsets[i] for i in kept],
-        [encoding.special_tokens_mask[i] for i in kept],
-    )
+    first, second = map(len, own)
+    if second <= room // 2:
+        first = room - second
+    elif first > room // 2:  # both: transformers gives an odd token to the longer
+        first = room // 2 if first <= second else (room + 1) // 2
+    gone = {*own[0][first:], *own[1][room - first :]}
+    return encoding.pick(i for i in range(len(encoding.ids)) if i not in gone)

@@ -13,7 +13,7 @@ from ..checkpoint.names import Model, decoder_of
 from ..checkpoint.tokenizer import Tokenizer
 from ..errors import InputError
 from ..model.decoder import ArceeModel
-from .batches import Batch, TokenizedText, make_batches, run_decoder, tokenize
+from .batches import Batch, TokenizedText, make_batches, run_decoder, states_at, tokenize
 
 Pooling = Literal["mean", "last", "eos"]
 _LEAST_NORM = 1e-12  # torch's normalize divides by no less
@@ -76,7 +76,10 @@ def embed_rows(
         raise InputError(f"{empty[0]}: has no tokens; expected at least one to embed; leave it out")
     vectors = np.empty((len(rows), decoder.config.hidden_size), dtype=np.float32)
     for batch in make_batches(decoder, rows, batch_size):
-        pooled = _pool_mean(decoder, batch) if pooling == "mean" else _pool_last(decoder, batch)
+        if pooling == "mean":
+            pooled = _pool_mean(decoder, batch)
+        else:
+            pooled = states_at(decoder, batch, [length - 1 for length in batch.lengths]).astype(mx.float32)
         if normalize:
             pooled = pooled / mx.maximum(mx.linalg.norm(pooled, axis=1, keepdims=True), _LEAST_NORM)
         vectors[list(batch.places)] = np.array(pooled)
@@ -92,15 +95,3 @@ def _pool_mean(decoder: ArceeModel, batch: Batch) -> mx.array:
         total = total + mx.where(is_own[..., None], h.astype(mx.float32), 0).sum(axis=1)
         mx.eval(total)
     return total / lengths
-
-
-def _pool_last(decoder: ArceeModel, batch: Batch) -> mx.array:
-    last = mx.array(batch.lengths)[:, None] - 1
-    found = mx.zeros((len(batch.lengths), decoder.config.hidden_size))
-    for start, h in run_decoder(decoder, batch):
-        inside = (last >= start) & (last < start + h.shape[1])
-        place = mx.clip(last - start, 0, h.shape[1] - 1)
-        picked = mx.take_along_axis(h, place[..., None], axis=1)[:, 0].astype(mx.float32)
-        found = mx.where(inside, picked, found)
-        mx.eval(found)
-    return found

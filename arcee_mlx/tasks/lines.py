@@ -35,11 +35,12 @@ class Line:
     text: str
 
 
-def add_arguments(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
+def add_arguments(parser: argparse.ArgumentParser, *, batch_size: int, cuts: bool = True) -> None:
     """Adds what says which texts, and how many at once.
 
     Args:
         batch_size: the default.
+        cuts: whether a text that is too long can be cut.
     """
     texts = parser.add_argument_group("texts")
     texts.add_argument(
@@ -53,10 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
         metavar="N",
         help="texts at once; 1 answers line by line (%(default)s)",
     )
-    texts.add_argument(
-        "--max-length", type=int, metavar="N", help="tokens of a text at most (default: the model's positions)"
-    )
-    texts.add_argument("--truncate", action="store_true", help="cut longer texts at their end instead of refusing them")
+    if cuts:
+        texts.add_argument(
+            "--max-length", type=int, metavar="N", help="tokens of a text at most (default: the model's positions)"
+        )
+        texts.add_argument(
+            "--truncate", action="store_true", help="cut longer texts at their end instead of refusing them"
+        )
     parser.add_argument("--quiet", action="store_true", help="no progress or notes on standard error")
 
 
@@ -100,18 +104,40 @@ def answer_lines(args: argparse.Namespace, answer: Callable[[Sequence[Line]], It
 
 
 def tokenize_lines(
-    args: argparse.Namespace, tokenizer: Tokenizer, config: ArceeConfig, lines: Sequence[Line], *, add_eos: bool = False
+    args: argparse.Namespace,
+    tokenizer: Tokenizer,
+    config: ArceeConfig,
+    lines: Sequence[Line],
+    *,
+    add_eos: bool = False,
+    pair_field: str | None = None,
 ) -> list[TokenizedText]:
-    """The texts of lines as tokens, as the arguments ask for; see `tokenize`. Errors name the line."""
+    """The texts of lines as tokens, as the arguments ask for; see `tokenize`. Errors name the line.
+
+    Args:
+        pair_field: of the lines, with a second text that goes with the first; None for no pairs.
+    """
     return tokenize(
         tokenizer,
         config,
-        [line.text for line in lines],
+        [line.text if pair_field is None else (line.text, read_field(line, pair_field)) for line in lines],
         names=[line.name for line in lines],
         max_length=args.max_length,
         truncate=args.truncate,
         add_eos=add_eos,
     )
+
+
+def read_field(line: Line, field: str) -> str:
+    """Another text of a line.
+
+    Raises:
+        InputError: it has none of this name.
+    """
+    text = line.values.get(field)
+    if not isinstance(text, str):
+        raise InputError(f"{line.name}: expected a text in {field!r}, too; name another field, or repair it")
+    return text
 
 
 def _read_lines(args: argparse.Namespace) -> Iterator[Line]:
