@@ -2,7 +2,7 @@
 
 from .checkpoint.adapters import fuse_adapter, save_peft_adapter, set_adapter
 from .checkpoint.function_schema import get_json_schema
-from .checkpoint.loading import DEMO_MODEL, load, load_model, save_checkpoint
+from .checkpoint.loading import DEMO_MODEL, load, load_model, load_tokenizer, save_checkpoint
 from .checkpoint.tokenizer import Tokenizer
 from .engine import AnswerStream, AsyncAnswerStream, Engine, EngineStats, Message, Request, Session
 from .errors import (
@@ -126,6 +126,7 @@ __all__ = [
     "load",
     "load_model",
     "load_prompt_cache",
+    "load_tokenizer",
     "save_checkpoint",
     "save_peft_adapter",
     "save_prompt_cache",

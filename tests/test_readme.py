@@ -22,9 +22,10 @@ def test_the_python_runs_as_it_stands(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert len(blocks("python")) == 8
+    codes = [code for code in blocks("python") if "my-classifier" not in code]  # test_train_classifier.py runs that
+    assert len(codes) == len(blocks("python")) - 1 == 8
     scope: dict[str, object] = {}
-    for code in blocks("python"):
+    for code in codes:
         exec(compile(code, "README.md", "exec"), scope)
     assert len(capsys.readouterr().out.splitlines()) >= 4
 
