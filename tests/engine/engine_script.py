@@ -39,6 +39,11 @@ class Gate:
         assert self._opened.wait(PATIENCE_S)
         return logits
 
+    @property
+    def is_reached(self) -> bool:
+        """Whether the engine's thread stands at it, or did."""
+        return self._reached.is_set()
+
     def wait(self) -> None:
         """Until the engine's thread stands at it."""
         assert self._reached.wait(PATIENCE_S)
