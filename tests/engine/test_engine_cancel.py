@@ -125,6 +125,26 @@ def test_no_chunk_is_read_after_the_end_was_asked_for(engine: Engine, work: Work
     assert answer.stats.prompt_tokens == 50 and answer.stats.generation_tokens == 0
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_step_begins_after_a_cancel_while_anothers_prompt_is_read(engine: Engine, work: Work, kind: str) -> None:
+    gate = Gate(tokens=2)
+    request = engine.submit([5], replace(LONG, **KINDS[kind]), logits_processors=[gate])
+    gate.wait()
+    other = engine.submit(PROMPT, GREEDY)
+    steps: list[int] = []
+
+    def cancel() -> None:
+        if not steps:
+            request.cancel()
+            steps.append(work.steps)
+
+    work.at_chunk = cancel
+    gate.open()
+    answer = request.result()
+    assert answer.stop_reason == "cancelled" and len(answer.tokens) == steps[0]
+    assert len(other.result().tokens) == 8
+
+
 @pytest.mark.parametrize("reason", ENDINGS)
 def test_one_that_waits_is_never_begun(engine: Engine, work: Work, reason: str) -> None:
     gates = [Gate(), Gate()]
