@@ -143,9 +143,10 @@ class Scheduler:
         """Ends every request with an error, and lets go of all they hold."""
         for request in [*self._waiting, *(row.request for row in self._rows())]:
             self._fail(request, error)
+        for row in self._rows():
+            row.close()
         self._waiting.clear()
         self._prefilling, self._decoding, self._paused = None, [], []
-        self._batch = Batch(self._model)
         self.prefixes.shrink(0)
 
     def stats(self) -> EngineStats:
@@ -327,9 +328,7 @@ class Scheduler:
 
     def _remove(self, row: ActiveRow) -> None:
         """Takes a row out of all lists and its batch, whatever it takes."""
-        if row.steps is not None:
-            with suppress(Exception):
-                row.steps.close()
+        row.close()
         if row is self._prefilling:
             self._prefilling = None
         elif row in self._paused:
@@ -338,7 +337,6 @@ class Scheduler:
             self._decoding.remove(row)
             if row.steps is None:
                 self._guard_batch(partial(self._batch.leave, row))
-        row.cache = []
 
     def _guard(self, rows: list[ActiveRow], work: Callable[[], object], request: Request | None = None) -> None:
         """Does what concerns these rows, or this request, alone; what it raises ends them alone."""
