@@ -66,9 +66,10 @@ def alone() -> Callable[..., tuple[int, ...]]:
 
 @dataclass
 class Fault:
-    """Raises once, in place of a function the owner thread calls."""
+    """Raises once, in place of a function the owner thread calls, or when that has done its work."""
 
     error: BaseException
+    is_after: bool = False
     fired: int = 0
     calls: int = 0
 
@@ -83,6 +84,8 @@ class Fault:
                 self.calls += 1
                 if self.calls == call + 1:
                     self.fired += 1
+                    if self.is_after:
+                        original(*args, **named)
                     raise self.error
             return original(*args, **named)
 
@@ -115,9 +118,9 @@ class Scene:
         gate.set()
         for name in ("beside", "lone", "next", "victim"):
             self._read(name, requests[name])
-        self.engine._owner.call(lambda: None)
+        in_batch = self.engine._owner.call(lambda: len(self.engine._owner.scheduler._batch))
         after = self.engine.stats()
-        assert (after.active, after.queued) == (0, 0)
+        assert (in_batch, after.active, after.queued) == (0, 0, 0)
         assert after.failed - before.failed == len(self.errors)
         assert after.done - before.done == len(requests) - len(self.errors)
         given = sum(map(len, self.tokens.values()))
@@ -217,13 +220,18 @@ STAGES: dict[str, tuple[Any, str, Any, int, dict[str, Any], tuple[str, ...]]] = 
 }
 
 
-@pytest.mark.parametrize("stage", STAGES)
+LEAVES_HALF_DONE = ("second_chunk", "begin", "join", "a_step", "leave", "pause_leave")
+
+
+@pytest.mark.parametrize(
+    ("stage", "is_after"), [(stage, False) for stage in STAGES] + [(stage, True) for stage in LEAVES_HALF_DONE]
+)
 def test_a_fault_of_the_device_ends_those_it_concerns(
-    engine: Engine, alone: Any, monkeypatch: pytest.MonkeyPatch, stage: str
+    engine: Engine, alone: Any, monkeypatch: pytest.MonkeyPatch, stage: str, is_after: bool
 ) -> None:
     where, name, when, call, victim, fails = STAGES[stage]
     engine._owner.call(lambda: engine._owner.scheduler.prefixes.shrink(0))
-    fault = Fault(MLX_SAYS)
+    fault = Fault(MLX_SAYS, is_after)
     fault.inject(monkeypatch, where, name, find_when(engine, when), call)
     scene = Scene(engine)
     scene.play(GREEDY, **victim)
