@@ -155,7 +155,7 @@ class Soak:
 
     def read(self, plan: Plan) -> None:
         """Piece by piece."""
-        stream = self.engine.stream(**self.given(plan), buffer_chunks=2 if plan.kind == "slow" else 64)
+        stream = self.engine.stream(**self.given(plan), buffer_chunks=1 if plan.kind == "slow" else 64)
         request, chunks = stream.request, []
         if plan.kind == "cancel_at_once":
             request.cancel()
@@ -202,7 +202,7 @@ class Soak:
                 return self.take_error(plan, error)
 
     async def read_async(self, plan: Plan) -> None:
-        stream = self.engine.astream(**self.given(plan), buffer_chunks=2 if plan.kind == "slow" else 64)
+        stream = self.engine.astream(**self.given(plan), buffer_chunks=1 if plan.kind == "slow" else 64)
         chunks: list[Any] = []
 
         async def read() -> None:
@@ -280,7 +280,8 @@ def raise_at(token: int) -> Callable[[mx.array, mx.array], mx.array]:
 
 
 def make_plans(random_: random.Random, count: int, pairs: int, longest: int) -> list[Plan]:
-    kinds = random_.choices(list(KINDS), list(KINDS.values()), k=count)
+    kinds = [kind for kind, share in KINDS.items() for _ in range(count * share // 100)]
+    random_.shuffle(kinds)
     return [
         Plan(
             random_.randrange(pairs),
