@@ -120,7 +120,7 @@ class Soak:
         if plan.kind == "deadline":
             given["deadline_s"] = plan.wait_s * 10
         if plan.kind == "raises":
-            given["logits_processors"] = [raise_at(plan.place)]
+            given["logits_processors"] = [raise_at(plan.place % plan.length)]
         return given
 
     def work(self) -> None:
@@ -256,7 +256,7 @@ class Soak:
         ok &= early or count == plan.length or reason == "eos"
         ok &= not (early and plan.kind in ("read", "slow")) and plan.kind != "invalid"
         if plan.kind == "raises":  # it ended before that
-            ok &= count <= plan.place
+            ok &= count <= plan.place % plan.length
         if not ok:
             self.problems.append(f"{plan}: {answer}")
         elif answer.tokens != (whole[:count] if early else whole):
