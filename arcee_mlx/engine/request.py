@@ -109,8 +109,8 @@ class Request:
             return self._take_chunk()
 
     def next_chunk_now(self) -> GenerationChunk | None | Literal["not yet"]:
-        """The same without waiting."""
-        self._check_process()
+        """The same without waiting, for who comes back when there is news."""
+        self._check_can_wait()
         with self._changed:
             return self._take_chunk() if self._has_news() else "not yet"
 

@@ -389,6 +389,7 @@ def test_a_processor_may_use_the_engine_but_not_wait_for_it(engine: Engine, alon
     waits: dict[str, Callable[[], Any]] = {
         "generate": lambda: engine.generate(*NEXT["next"]),
         "stream": lambda: next(engine.stream(*NEXT["next"])),
+        "astream": lambda: asyncio.run(anext(engine.astream(*NEXT["next"]))),
         "result": lambda: seen["submitted"].result(),
         "send": lambda: list(session.send("Hello")),
         "save": lambda: session.save("never.safetensors"),
