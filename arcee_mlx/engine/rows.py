@@ -69,8 +69,8 @@ class ActiveRow:
             raise self.error
 
     def close(self) -> None:
-        """Lets go of its cache; its own steps end here, since MLX does not let them end in another thread."""
-        self.cache = []
+        """Lets go of what it holds; its own steps end here, since MLX does not let them end in another thread."""
+        self.cache, self.processors, self.sampler = [], [], None  # the functions hold this row: no cycle is to stay
         if self.steps is not None:
             with suppress(Exception):
                 self.steps.close()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -493,3 +495,19 @@ def test_a_loop_that_dies_closes_the_engine_and_nobody_hangs(monkeypatch: pytest
         with pytest.raises(EngineClosedError, match="the engine is closed"):
             call()
     engine.close()
+
+
+def test_what_ended_is_gone_without_the_garbage_collector(engine: Engine) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        for options in (GREEDY, LONE, replace(GREEDY, temp=1.0, logprobs=True)):
+            request = engine.submit(VICTIM, options, logits_processors=[lambda _tokens, logits: logits])
+            request.result(PATIENCE_S)
+            gone = weakref.ref(request)
+            del request
+            for _ in range(3):  # the loop lets go of its last names when it turns again
+                engine._owner.call(lambda: None)
+            assert gone() is None
+    finally:
+        gc.enable()
