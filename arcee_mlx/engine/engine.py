@@ -337,6 +337,7 @@ class Engine:
             Request(
                 checked,
                 self._owner.wake,
+                self._owner,
                 logits_processors=tuple(logits_processors),
                 deadline_s=deadline_s,
                 buffer_chunks=buffer_chunks,
