@@ -267,8 +267,7 @@ class Engine:
         self._check_open()
         check_deadline(deadline_s)
         checked = read_request(self.config, self.tokenizer, prompt, options)
-        budget = self._owner.budget
-        budget.check_alone(budget.measure(self.config, checked), len(checked.ids))
+        self._owner.budget.check_alone(checked)
         return checked
 
     def _submit(

@@ -150,7 +150,7 @@ class Scheduler:
         )
 
     def _measure(self, request: Request) -> RequestSize:
-        return self._budget.measure(self._model.config, request.checked)
+        return self._budget.measure(request.checked)
 
     def _rows(self) -> list[ActiveRow]:
         return [*self._decoding, *self._paused, *([self._prefilling] if self._prefilling else [])]
