@@ -58,7 +58,8 @@ class Engine:
         self._process = os.getpid()
         self._admission = threading.Lock()
         self._open_requests: weakref.WeakSet[Request] = weakref.WeakSet()
-        # An engine nobody holds any more stops by itself; no join here, since any thread may collect garbage.
+        # An engine nobody holds any more stops by itself when all requests have ended; no join here, since any thread may
+        # collect garbage.
         weakref.finalize(self, owner.stop).atexit = False
 
     @classmethod
@@ -265,6 +266,8 @@ class Engine:
 
     def _check(self, prompt: Prompt, options: GenerateOptions | None, deadline_s: float | None) -> CheckedRequest:
         self._check_open()
+        if options is not None and not isinstance(options, GenerateOptions):
+            raise InputError(f"options is of type {type(options).__name__}; expected GenerateOptions, or None")
         check_deadline(deadline_s)
         checked = read_request(self.config, self.tokenizer, prompt, options)
         self._owner.budget.check_alone(checked)
@@ -278,6 +281,7 @@ class Engine:
         wait: bool,
         buffer_chunks: int | None,
     ) -> list[Request]:
+        _check_processors(logits_processors)
         requests = [
             Request(
                 checked,
@@ -286,6 +290,7 @@ class Engine:
                 deadline_s=deadline_s,
                 buffer_chunks=buffer_chunks,
                 may_wait=wait,
+                engine=self,
             )
             for checked in each
         ]
@@ -324,3 +329,11 @@ def _wait_for(requests: Sequence[Request]) -> list[Answer]:
 def _check_buffer(buffer_chunks: int) -> None:
     if type(buffer_chunks) is not int or buffer_chunks < 1:
         raise InputError(f"buffer_chunks is {buffer_chunks!r}; expected an integer of at least 1")
+
+
+def _check_processors(processors: Sequence[LogitsProcessor]) -> None:
+    if not isinstance(processors, Sequence):
+        raise InputError(f"logits_processors is {processors!r}; expected functions in a list or tuple")
+    for process in processors:
+        if not callable(process):
+            raise InputError(f"logits_processors holds {process!r}; expected functions")

@@ -16,7 +16,8 @@ STEP_TOKENS = 256  # mlx-lm's caches grow by so many, from wherever they stand
 SYSTEM_SHARE = 0.75  # of the system's memory, where MLX names no working set
 FUSED_HEADS = (64, 80, 128)  # widths for which a GPU needs no array of scores
 # Measured on the CPU backend, which makes arrays a few operations before they are filled.
-UP_ARRAYS, WIDE_ARRAYS, SCORE_ARRAYS, VOCABULARY_ARRAYS, LAYERS_TWICE = 2, 10, 1.25, 10, 2
+UP_ARRAYS, WIDE_ARRAYS, SCORE_ARRAYS, LAYERS_TWICE = 2, 10, 1.25, 2
+LOGITS_ARRAYS, SAMPLING_ARRAYS = 8, 14  # of a row, and of the row whose token is drawn
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class MemoryBudget:
         # One row is copied whole as it joins, or leaves for the cache of prefixes; the shared cache layer by layer.
         passing = max([*together, *(size.prefill_bytes for size in sizes)], default=0)
         copied = LAYERS_TWICE * max([shared, *alone]) // self.config.num_hidden_layers
-        logits = len(sizes) * VOCABULARY_ARRAYS * self.config.vocab_size * 4
+        logits = (LOGITS_ARRAYS * len(sizes) + SAMPLING_ARRAYS) * self.config.vocab_size * 4
         return self.weights_bytes + cached_bytes + shared + sum(alone) + passing + copied + logits
 
     def check_alone(self, checked: CheckedRequest) -> None:

@@ -34,6 +34,7 @@ class Request:
         deadline_s: float | None = None,
         buffer_chunks: int | None = None,
         may_wait: bool = True,
+        engine: object = None,
     ) -> None:
         """Args: for the engine, which makes them.
 
@@ -41,6 +42,7 @@ class Request:
         deadline_s: from now.
         buffer_chunks: chunks made ahead of the reader at most; None for no reader, so that there is no limit.
         may_wait: for memory.
+        engine: what is to live until the end of this request, though nobody else hold it.
         """
         self.checked, self.logits_processors = checked, logits_processors
         self.buffer_chunks, self.may_wait = buffer_chunks, may_wait
@@ -48,7 +50,7 @@ class Request:
         self.started_s = time.perf_counter()
         self.deadline_s = None if deadline_s is None else time.monotonic() + deadline_s
         self.cancel_asked = False
-        self._wake = wake
+        self._wake, self._engine = wake, engine
         self._process = os.getpid()
         self._changed = threading.Condition()
         self._chunks: list[GenerationChunk] = []
@@ -169,6 +171,7 @@ class Request:
             self._chunks.append(chunk)
             if chunk.stop_reason is not None:
                 self._answer, self._state = join_chunks(self._chunks), "done"
+                self._engine = None
             self._tell()
 
     def end(self, reason: StopReason) -> None:
@@ -176,13 +179,13 @@ class Request:
         with self._changed:
             made = self._chunks
             self._answer = join_chunks(made, reason) if made else Answer("", (), reason, self._no_stats())
-            self._state = "done"
+            self._state, self._engine = "done", None
             self._tell()
 
     def fail(self, error: BaseException) -> None:
         """Ends it with an error."""
         with self._changed:
-            self._error, self._state = error, "failed"
+            self._error, self._state, self._engine = error, "failed", None
             self._tell()
 
     def _tell(self) -> None:
