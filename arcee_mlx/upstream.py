@@ -38,6 +38,7 @@ def mlx_lm_module(name: str) -> ModuleType:
 
         resource.setrlimit = hold_off
         try:
+            _import_thread_pools()
             return importlib.import_module(f"mlx_lm.{name}")
         finally:
             resource.setrlimit = setrlimit
@@ -45,6 +46,19 @@ def mlx_lm_module(name: str) -> ModuleType:
                 os.environ.pop(variable, None)
             else:
                 os.environ[variable] = before
+
+
+def _import_thread_pools() -> None:
+    """Which transformers imports, and which cannot be imported any more when the main thread has ended before others."""
+    try:
+        importlib.import_module("concurrent.futures.thread")
+    except RuntimeError:
+        register = threading._register_atexit  # type: ignore[attr-defined]
+        threading._register_atexit = lambda *_args, **_kwargs: None  # type: ignore[attr-defined]
+        try:
+            importlib.import_module("concurrent.futures.thread")
+        finally:
+            threading._register_atexit = register  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

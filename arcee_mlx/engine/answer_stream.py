@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 from ..errors import InputError
 from ..generate.answer import GenerationChunk
@@ -116,7 +117,9 @@ class AsyncAnswerStream:
             )
         loop = asyncio.get_running_loop()
         self._submitting = True
-        submitting: Future[Request] = _submitters.submit(self._submit)
+        submitting: Future[Request] = Future()
+        # Not the loop's own executor, which an app's slow calls may have filled.
+        threading.Thread(target=_submit, args=(self._submit, submitting), daemon=True).start()
         try:
             request = await asyncio.wrap_future(submitting)
         except asyncio.CancelledError:
@@ -136,8 +139,13 @@ class AsyncAnswerStream:
         return request
 
 
-# Not the loop's own executor, which an app's slow calls may have filled.
-_submitters = ThreadPoolExecutor(2, thread_name_prefix="arcee_mlx-submit", initializer=wait_for_this_thread_at_exit)
+def _submit(submit: Callable[[], Request], submitting: Future[Request]) -> None:
+    wait_for_this_thread_at_exit()
+    if submitting.set_running_or_notify_cancel():
+        try:
+            submitting.set_result(submit())
+        except BaseException as error:
+            submitting.set_exception(error)
 
 
 def _cancel_submitted(submitting: Future[Request]) -> None:

@@ -53,6 +53,7 @@ class Batch:
         self._rows[begun.uids[0]] = row
         row.cache = []
         self._batch.extend(begun)
+        self._copy_by_layer()
 
     def step(self) -> list[tuple[ActiveRow, int, mx.array]]:
         """One token of each row, with the scores (V,) it was drawn from; its keys and values are in the cache by then."""
@@ -74,7 +75,13 @@ class Batch:
         drawn = self._batch._next_tokens[place].item(), self._batch._next_logprobs[place]
         del self._rows[self._batch.uids[place]]
         self._batch.filter([i for i in range(len(self._batch)) if i != place])
+        self._copy_by_layer()
         return drawn
+
+    def _copy_by_layer(self) -> None:
+        """So that no more than one layer is in memory twice, and what is not needed any more is gone at once."""
+        for layer in self._batch.prompt_cache:
+            mx.eval(layer.keys, layer.values)
 
     def _place(self, row: ActiveRow) -> int:
         return next(i for i, uid in enumerate(self._batch.uids) if self._rows[uid] is row)

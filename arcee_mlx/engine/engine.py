@@ -62,7 +62,8 @@ class Engine:
         self._process = os.getpid()
         self._admission = threading.Lock()
         self._open_requests: weakref.WeakSet[Request] = weakref.WeakSet()
-        # An engine nobody holds any more stops by itself; no join here, since any thread may collect garbage.
+        # An engine nobody holds any more stops by itself when all requests have ended; no join here, since any thread may
+        # collect garbage.
         weakref.finalize(self, owner.stop).atexit = False
 
     @classmethod
@@ -304,8 +305,7 @@ class Engine:
         checked = read_request(self.config, self.tokenizer, prompt, options)
         if drafts := checked.options.num_draft_tokens:
             raise InputError(f"num_draft_tokens is {drafts} in an engine, which drafts nothing; leave it out")
-        budget = self._owner.budget
-        budget.check_alone(budget.measure(self.config, checked), len(checked.ids))
+        self._owner.budget.check_alone(checked)
         return checked
 
     def _submit_one(
@@ -343,6 +343,7 @@ class Engine:
                 buffer_chunks=buffer_chunks,
                 may_wait=wait,
                 on_end=on_end,
+                engine=self,
             )
             for checked in each
         ]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
@@ -12,9 +12,12 @@ from ..errors import InputError, MemoryBudgetError
 from ..generate.request import Request as CheckedRequest
 from ..model.config import ArceeConfig
 
-STEP_TOKENS = 256  # mlx-lm's caches grow by so many
+STEP_TOKENS = 256  # mlx-lm's caches grow by so many, from wherever they stand
 SYSTEM_SHARE = 0.75  # of the system's memory, where MLX names no working set
-ACTIVATIONS = 4  # arrays of (tokens, intermediate_size) at once while a prompt is read: up, its square, down's input
+FUSED_HEADS = (64, 80, 128)  # widths for which a GPU needs no array of scores
+# Measured on the CPU backend, which makes arrays a few operations before they are filled.
+UP_ARRAYS, WIDE_ARRAYS, SCORE_ARRAYS, LAYERS_TWICE = 2, 10, 1.25, 2
+LOGITS_ARRAYS, SAMPLING_ARRAYS = 8, 14  # of a row, and of the row whose token is drawn
 
 
 @dataclass(frozen=True)
@@ -22,19 +25,14 @@ class RequestSize:
     """What a request needs of memory.
 
     Attributes:
-        tokens: prompt and answer at full length, or max_kv_size if that is less.
-        bytes_per_token: of keys and values in all layers.
+        kv_bytes: keys and values at full length.
+        prefill_bytes: activations while one chunk of its prompt is read.
         is_alone: whether it has its own cache to the end; others share one, padded to the longest of them.
     """
 
-    tokens: int
-    bytes_per_token: int
+    kv_bytes: int
+    prefill_bytes: int
     is_alone: bool
-
-    @property
-    def kv_bytes(self) -> int:
-        """Keys and values at full length."""
-        return _round_up(self.tokens) * self.bytes_per_token
 
 
 @dataclass(frozen=True)
@@ -44,67 +42,84 @@ class MemoryBudget:
     Attributes:
         limit_bytes: of all that MLX may hold for the engine.
         weights_bytes: of the model.
-        prefill_bytes: activations while one chunk of a prompt is read.
-        step_bytes: logits and activations of one token of one row.
-        kv_token_bytes: keys and values of a token in all layers, in the model's dtype.
+        itemsize: bytes of a key, a value or an activation.
+        prefill_step_size: tokens of a chunk at most.
+        config: of the model.
     """
 
     limit_bytes: int
     weights_bytes: int
-    prefill_bytes: int
-    step_bytes: int
-    kv_token_bytes: int
+    itemsize: int
+    prefill_step_size: int
+    config: ArceeConfig
 
-    def measure(self, config: ArceeConfig, checked: CheckedRequest) -> RequestSize:
+    def measure(self, checked: CheckedRequest) -> RequestSize:
         """What a request needs at full length."""
-        options, tokens = checked.options, len(checked.ids) + checked.limit
+        config, options, prompt = self.config, checked.options, len(checked.ids)
+        chunk = min(prompt, options.prefill_step_size, self.prefill_step_size)
+        tokens = prompt + checked.limit
         if options.max_kv_size is not None:
-            # A rotating cache holds a chunk of the prompt beside what it keeps.
-            tokens = min(tokens, options.max_kv_size + STEP_TOKENS)
-        per_token = self.kv_token_bytes
-        if options.kv_bits is not None:
-            values = 2 * config.num_hidden_layers * config.kv_heads * config.head_size
-            scales = 2 * (self.kv_token_bytes // values)  # a scale and a bias a group, in the model's dtype
-            per_token = values * options.kv_bits // 8 + values // options.kv_group_size * scales
-        return RequestSize(tokens, per_token, options.kv_bits is not None or options.max_kv_size is not None)
+            tokens, prompt = (min(n, options.max_kv_size + chunk) for n in (tokens, prompt))
+        numbers = 2 * config.num_hidden_layers * config.kv_heads * config.head_size
+        token_bytes = numbers * self.itemsize
+        if options.kv_bits is not None:  # and a scale and a bias for each group
+            token_bytes = numbers * options.kv_bits // 8 + 2 * self.itemsize * numbers // options.kv_group_size
+        wide = max(config.hidden_size, config.num_attention_heads * config.head_size)
+        prefill = chunk * self.itemsize * (UP_ARRAYS * config.intermediate_size + WIDE_ARRAYS * wide)
+        if options.kv_bits is not None or mx.default_device() == mx.cpu or config.head_size not in FUSED_HEADS:
+            prefill += int(SCORE_ARRAYS * config.num_attention_heads * chunk * prompt * 4)
+        is_alone = options.kv_bits is not None or options.max_kv_size is not None
+        return RequestSize((tokens + STEP_TOKENS) * token_bytes, prefill, is_alone)
 
     def predict(self, sizes: Sequence[RequestSize], cached_bytes: int = 0) -> int:
         """The peak with these requests at full length: weights, cache of prefixes, keys and values, transient copies."""
-        together = [size for size in sizes if not size.is_alone]
-        alone = [size for size in sizes if size.is_alone]
-        shared = len(together) * max((size.kv_bytes for size in together), default=0)
-        # A row that joins or leaves makes MLX copy the shared cache; one alone is copied as it grows.
-        copies = max([shared, *(size.kv_bytes for size in alone)])
-        kv = shared + sum(size.kv_bytes for size in alone) + copies
-        return self.weights_bytes + cached_bytes + kv + self.prefill_bytes + len(sizes) * self.step_bytes
+        together = [size.kv_bytes for size in sizes if not size.is_alone]
+        shared, alone = len(together) * max(together, default=0), [size.kv_bytes for size in sizes if size.is_alone]
+        # One row is copied whole as it joins, or leaves for the cache of prefixes; the shared cache layer by layer.
+        passing = max([*together, *(size.prefill_bytes for size in sizes)], default=0)
+        copied = LAYERS_TWICE * max([shared, *alone]) // self.config.num_hidden_layers
+        logits = (LOGITS_ARRAYS * len(sizes) + SAMPLING_ARRAYS) * self.config.vocab_size * 4
+        return self.weights_bytes + cached_bytes + shared + sum(alone) + passing + copied + logits
 
-    def check_alone(self, size: RequestSize, prompt_tokens: int) -> None:
+    def check_alone(self, checked: CheckedRequest) -> None:
         """Raises MemoryBudgetError where a request cannot fit even with nothing beside it."""
+        size = self.measure(checked)
         needed = self.predict([size])
-        if needed <= self.limit_bytes:
-            return
-        room = self.limit_bytes - self.predict([]) - self.step_bytes
-        fits = max(0, room // (2 * size.bytes_per_token) // STEP_TOKENS * STEP_TOKENS)  # its cache, and a copy of it
-        advice = (
-            f"{fits} tokens of prompt and answer would fit: lower max_tokens to {fits - prompt_tokens}"
-            if fits > prompt_tokens
-            else f"{fits} tokens would fit, the prompt alone has {prompt_tokens}: shorten it"
-        )
-        raise MemoryBudgetError(
-            f"the request needs {_gb(needed)} at its full length of {size.tokens} tokens (weights "
-            f"{_gb(self.weights_bytes)}, keys and values {_gb(size.kv_bytes)}, and as much while they are copied); expected at "
-            f"most the budget of {_gb(self.limit_bytes)}; {advice}, set kv_bits or max_kv_size, or raise memory_budget_bytes"
-        )
+        if needed > self.limit_bytes:
+            raise MemoryBudgetError(
+                f"the request needs {_words(needed)} at its full length of {len(checked.ids) + checked.limit} tokens (weights "
+                f"{_words(self.weights_bytes)}, keys and values {_words(size.kv_bytes)}, the rest while they are computed); "
+                f"expected at most the budget of {_words(self.limit_bytes)}; {self._advise(checked)}"
+                f"raise memory_budget_bytes to {needed}"
+            )
 
     def check_beside(self, size: RequestSize, others: Sequence[RequestSize]) -> None:
         """Raises MemoryBudgetError where a request cannot begin before others have ended."""
         needed = self.predict([*others, size])
         if needed > self.limit_bytes:
             raise MemoryBudgetError(
-                f"the request and the {len(others)} before it need {_gb(needed)} at full length, {_gb(self.predict(others))} "
-                f"without it; expected at most the budget of {_gb(self.limit_bytes)}; let it wait, lower max_tokens, or raise "
-                f"memory_budget_bytes"
+                f"the request and the {len(others)} before it need {_words(needed)} at full length, "
+                f"{_words(self.predict(others))} without it; expected at most the budget of {_words(self.limit_bytes)}; let it "
+                f"wait, lower max_tokens, or raise memory_budget_bytes to {needed}"
             )
+
+    def _advise(self, checked: CheckedRequest) -> str:
+        """What would make it fit, each by itself."""
+
+        def fits(**changes: int) -> bool:
+            return self.predict([self.measure(_change(checked, **changes))]) <= self.limit_bytes
+
+        advice = []
+        if fits(limit=1):
+            advice.append(f"lower max_tokens to {_largest(lambda n: fits(limit=n), checked.limit)}")
+        elif fits(prompt=1, limit=1):
+            prompt = _largest(lambda n: fits(prompt=n, limit=1), len(checked.ids))
+            advice.append(f"shorten the prompt of {len(checked.ids)} tokens to {prompt} with max_tokens 1")
+        if checked.options.max_kv_size is None:
+            bits = [bits for bits in (8, 4, 2) if bits < (checked.options.kv_bits or 9) and fits(kv_bits=bits)]
+            if bits and self.config.head_size % checked.options.kv_group_size == 0:
+                advice.append(f"set kv_bits to {bits[0]}")
+        return "".join(f"{each}, or " for each in advice)
 
 
 def make_budget(
@@ -122,22 +137,12 @@ def make_budget(
     if limit_bytes is not None and (type(limit_bytes) is not int or limit_bytes < 1):
         raise InputError(f"memory_budget_bytes is {limit_bytes!r}; expected a number of bytes, or None")
     limit = default_limit_bytes() if limit_bytes is None else limit_bytes
-    chunk = prefill_step_size * config.intermediate_size * ACTIVATIONS * itemsize
-    if mx.default_device() == mx.cpu:  # no fused attention there: all scores of a chunk at once, twice
-        chunk += 2 * config.num_attention_heads * prefill_step_size * 2 * prefill_step_size * 4
-    budget = MemoryBudget(
-        limit_bytes=limit,
-        weights_bytes=weights_bytes,
-        prefill_bytes=chunk,
-        step_bytes=6 * config.vocab_size * 4,  # logits, log-probabilities and what sampling sorts
-        kv_token_bytes=2 * config.num_hidden_layers * config.kv_heads * config.head_size * itemsize,
-    )
     if weights_bytes >= limit:
         raise MemoryBudgetError(
-            f"the weights take {_gb(weights_bytes)}; expected less than the budget of {_gb(limit)}; take a checkpoint of "
-            f"fewer bits, or raise memory_budget_bytes"
+            f"the weights take {_words(weights_bytes)}; expected less than the budget of {_words(limit)}; take a checkpoint "
+            f"of fewer bits, or raise memory_budget_bytes"
         )
-    return budget
+    return MemoryBudget(limit, weights_bytes, itemsize, prefill_step_size, config)
 
 
 def default_limit_bytes() -> int:
@@ -148,9 +153,21 @@ def default_limit_bytes() -> int:
     return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * SYSTEM_SHARE)
 
 
-def _round_up(tokens: int) -> int:
-    return -(-tokens // STEP_TOKENS) * STEP_TOKENS
+def _change(
+    checked: CheckedRequest, *, prompt: int | None = None, limit: int | None = None, kv_bits: int | None = None
+) -> CheckedRequest:
+    options = checked.options if kv_bits is None else replace(checked.options, kv_bits=kv_bits)
+    return replace(checked, ids=checked.ids[:prompt], limit=limit or checked.limit, options=options)
 
 
-def _gb(count: int) -> str:
-    return f"{count / 1e9:.3f} GB"
+def _largest(fits: Callable[[int], bool], too_many: int) -> int:
+    """The largest number that fits; 1 does, `too_many` does not."""
+    fitting = 1
+    while too_many - fitting > 1:
+        middle = (fitting + too_many) // 2
+        fitting, too_many = (middle, too_many) if fits(middle) else (fitting, middle)
+    return fitting
+
+
+def _words(count: int) -> str:
+    return f"{count / 1e9:.3f} GB" if count >= 1e8 else f"{count / 1e6:.3f} MB"

@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import mlx.core as mx
+from mlx.utils import tree_map
+
 from ..generate.options import GenerateOptions
 from ..generate.prompt_cache import PromptCache
 
@@ -37,7 +40,10 @@ class PrefixCache:
         if best is None or min(common, len(ids) - 1) < 1:
             return None
         self._use(best)
-        return best.fork(ids)
+        layers, kept = best.fork(ids)
+        for layer in layers:  # what it shares is to be no longer than what it needs, or it would all be copied
+            layer.state = tree_map(lambda x: x[..., :kept, :] if isinstance(x, mx.array) else x, layer.state)
+        return layers, kept
 
     def insert(self, ids: Sequence[int], layers: list[Any]) -> None:
         """Keeps a cache that holds exactly these tokens; entries that it has whole go, being of no more use.

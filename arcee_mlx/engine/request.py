@@ -38,6 +38,7 @@ class Request:
         buffer_chunks: int | None = None,
         may_wait: bool = True,
         on_end: OnEnd | None = None,
+        engine: object = None,
     ) -> None:
         """Args: for the engine, which makes them.
 
@@ -48,6 +49,7 @@ class Request:
         may_wait: for memory.
         on_end: called once on the owner thread, before anybody learns of the end, with the answer, or None where there
             is none because the request failed; whether anybody reads it or not. It must not block.
+        engine: what is to live until the end of this request, though nobody else hold it.
         """
         self.checked, self.logits_processors = checked, logits_processors
         self.buffer_chunks, self.may_wait = buffer_chunks, may_wait
@@ -55,7 +57,7 @@ class Request:
         self.started_s = time.perf_counter()
         self.deadline_s = None if deadline_s is None else time.monotonic() + deadline_s
         self.cancel_asked = False
-        self._wake, self._owner, self._on_end = wake, owner, on_end
+        self._wake, self._owner, self._on_end, self._engine = wake, owner, on_end, engine
         self._process = os.getpid()
         self._changed = threading.Condition()
         self._chunks: list[GenerationChunk] = []
@@ -185,6 +187,7 @@ class Request:
             self._chunks.append(chunk)
             if answer is not None:
                 self._answer, self._state = answer, "done"
+                self._engine = None
             self._tell()
 
     def end(self, reason: StopReason) -> None:
@@ -193,7 +196,7 @@ class Request:
         answer = join_chunks(made, reason) if made else Answer("", (), reason, self._no_stats())
         self._settle(answer)
         with self._changed:
-            self._answer, self._state = answer, "done"
+            self._answer, self._state, self._engine = answer, "done", None
             self._tell()
 
     def fail(self, error: BaseException) -> None:
@@ -201,7 +204,7 @@ class Request:
         with contextlib.suppress(BaseException):  # the hook's own failure comes second
             self._settle(None)
         with self._changed:
-            self._error, self._state = error, "failed"
+            self._error, self._state, self._engine = error, "failed", None
             self._tell()
 
     def _settle(self, answer: Answer | None) -> None:

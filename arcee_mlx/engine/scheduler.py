@@ -123,7 +123,7 @@ class Scheduler:
             self._guard([], partial(self._put_in_line, request), request)
 
     def _put_in_line(self, request: Request) -> None:
-        size = self._budget.measure(self._model.config, request.checked)
+        size = self._budget.measure(request.checked)
         if not request.may_wait:
             self._budget.check_beside(size, [*(row.size for row in self._rows()), *self._waiting.values()])
         self._waiting[request] = size

@@ -8,6 +8,7 @@ import re
 import select
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,6 +84,9 @@ class Terminal:
 def open_terminal(*arguments: str, folder: Path, answers: int | None = None) -> Iterator[Terminal]:
     """Runs the program in a terminal; its standard output goes to `answers` where that is given."""
     ours, theirs = pty.openpty()
+    settings = termios.tcgetattr(theirs)
+    settings[3] |= termios.NOFLSH  # or Ctrl-C throws away what was written and not read yet
+    termios.tcsetattr(theirs, termios.TCSANOW, settings)
     environment = dict(os.environ) | {"PYTHONPATH": str(ROOT), "TERM": "dumb", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
         [sys.executable, "-W", "error", "-c", PROGRAM, "chat", *arguments],

@@ -261,7 +261,8 @@ def test_its_memory_is_free_again(checkpoint: Path) -> None:
         gc.collect()
         settle(engine)
         before = mx.get_active_memory()
-        cache_bytes = len(prompt) * engine._owner.budget.kv_token_bytes
+        config = engine.config
+        cache_bytes = len(prompt) * 2 * config.num_hidden_layers * config.kv_heads * config.head_size * 4
         for kind, changes in KINDS.items():
             stream = engine.stream(prompt, replace(options, **changes), buffer_chunks=4)
             next(stream)
