@@ -2,7 +2,7 @@
 
 from .checkpoint.adapters import fuse_adapter, save_peft_adapter, set_adapter
 from .checkpoint.function_schema import get_json_schema
-from .checkpoint.loading import DEMO_MODEL, load, load_model, save_checkpoint
+from .checkpoint.loading import DEMO_MODEL, load, load_model, load_tokenizer, save_checkpoint
 from .checkpoint.tokenizer import Tokenizer
 from .engine import AnswerStream, AsyncAnswerStream, Engine, EngineStats, Message, Request, Session
 from .errors import (
@@ -50,10 +50,24 @@ from .model.heads import (
     TokenClassifierOutput,
 )
 from .model.relu2.down import store_by_neuron
+from .tasks import (
+    AnswerSpan,
+    Classification,
+    Entity,
+    LabelScore,
+    TextScore,
+    TokenScore,
+    answer,
+    classify,
+    embed,
+    score,
+    tag,
+)
 
 __all__ = [
     "DEMO_MODEL",
     "Answer",
+    "AnswerSpan",
     "AnswerStream",
     "ArceeConfig",
     "ArceeError",
@@ -68,6 +82,7 @@ __all__ = [
     "CallbackError",
     "CausalLMOutput",
     "CheckpointError",
+    "Classification",
     "ConfigError",
     "ContextOverflowError",
     "ConversionError",
@@ -75,12 +90,14 @@ __all__ = [
     "Engine",
     "EngineClosedError",
     "EngineStats",
+    "Entity",
     "GenerateOptions",
     "GenerationChunk",
     "GenerationStats",
     "HubError",
     "InputError",
     "Inspection",
+    "LabelScore",
     "MemoryBudgetError",
     "Message",
     "PromptCache",
@@ -89,12 +106,17 @@ __all__ = [
     "Request",
     "SequenceClassifierOutput",
     "Session",
+    "TextScore",
     "TokenClassifierOutput",
     "TokenLogprob",
+    "TokenScore",
     "Tokenizer",
     "TokenizerError",
+    "answer",
     "beam_search",
     "cache_prompt",
+    "classify",
+    "embed",
     "fuse_adapter",
     "generate",
     "generate_answers",
@@ -104,10 +126,13 @@ __all__ = [
     "load",
     "load_model",
     "load_prompt_cache",
+    "load_tokenizer",
     "save_checkpoint",
     "save_peft_adapter",
     "save_prompt_cache",
+    "score",
     "set_adapter",
     "store_by_neuron",
     "stream_generate",
+    "tag",
 ]

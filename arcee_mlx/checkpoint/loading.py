@@ -72,6 +72,20 @@ def load(
     return model, tokenizer
 
 
+def load_tokenizer(path_or_id: str | os.PathLike[str], revision: str | None = None) -> Tokenizer:
+    """Loads the tokenizer alone, of a checkpoint of any class; see `read_tokenizer`.
+
+    Args:
+        path_or_id: a checkpoint folder, or a Hugging Face Hub id.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        TokenizerError: there is no usable tokenizer.json.
+        HubError: a hub id could not be downloaded.
+    """
+    return read_tokenizer(resolve_folder(path_or_id, revision=revision))
+
+
 def load_model(
     path_or_id: str | os.PathLike[str],
     model_class: type[M] | None = None,

@@ -243,6 +243,17 @@ def check_buffer(buffer_chunks: int) -> None:
         raise InputError(f"buffer_chunks is {buffer_chunks!r}; expected an integer of at least 1")
 
 
+def check_processors(logits_processors: Sequence[LogitsProcessor]) -> None:
+    """Raises InputError unless it is a sequence of functions."""
+    if not isinstance(logits_processors, Sequence):
+        raise InputError(
+            f"logits_processors is of type {type(logits_processors).__name__}; expected a sequence of functions"
+        )
+    for i, process in enumerate(logits_processors):
+        if not callable(process):
+            raise InputError(f"logits_processors[{i}] is of type {type(process).__name__}; expected a function")
+
+
 def closed_error() -> EngineClosedError:
     """What every call to a closed engine, and every request it left unanswered, gets."""
     return EngineClosedError("the engine is closed; expected an open one; load another with Engine.load")

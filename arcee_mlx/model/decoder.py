@@ -25,8 +25,10 @@ from .config import ArceeConfig
 from .inputs import Embedded, keep_rows, read_inputs, read_positions
 from .losses import causal_loss
 from .masks import Mask, attention_mask_4d, causal_mask, packed_mask
+from .open_attention import attend_openly
 from .relu2.down import DownByNeuron
 from .rope import RotaryEmbedding, Rotation, rotate
+from .training import Trainable, draw_key, recompute
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,14 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(H * D, E, bias=config.attention_bias)
 
     def __call__(
-        self, x: mx.array, rotation: Rotation, mask: Mask, cache: Any | None, *, weights: bool = False
+        self,
+        x: mx.array,
+        rotation: Rotation,
+        mask: Mask,
+        cache: Any | None,
+        *,
+        weights: bool = False,
+        key: mx.array | None = None,
     ) -> tuple[mx.array, mx.array | None]:
         B, L, _ = x.shape
         queries = rotate(self.q_proj(x).reshape(B, L, self.num_heads, -1), rotation).transpose(0, 2, 1, 3)
@@ -78,8 +87,9 @@ class Attention(nn.Module):
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
         probabilities = None
-        if weights or (self.training and self.dropout):
-            out, probabilities = self._attend_openly(queries, keys, values, mask)
+        dropout = self.dropout if self.training else 0.0
+        if weights or dropout:
+            out, probabilities = attend_openly(queries, keys, values, mask, scale=self.scale, dropout=dropout, key=key)
         elif cache is not None and hasattr(cache, "bits"):  # a quantized cache holds (codes, scales, biases)
             attend = upstream.mlx_lm_module("models.base").scaled_dot_product_attention
             out = attend(queries, keys, values, cache=cache, scale=self.scale, mask=mask.hidden)
@@ -88,30 +98,6 @@ class Attention(nn.Module):
         if mask.sees is not None and probabilities is None:
             out = mx.where(mask.sees, out, 0)
         return self.o_proj(out.transpose(0, 2, 1, 3).reshape(B, L, -1)), probabilities
-
-    def _attend_openly(
-        self, queries: mx.array, keys: mx.array, values: mx.array, mask: Mask
-    ) -> tuple[mx.array, mx.array]:
-        """Attention with its probabilities in the open: for `output_attentions` and dropout in training."""
-        if not isinstance(keys, mx.array):
-            raise InputError("output_attentions needs a float KV cache; got a quantized one; make_cache() gives one")
-        B, H, L, D = queries.shape
-        S = keys.shape[2]
-        grouped = queries.reshape(B, self.num_kv_heads, -1, L, D)  # K groups of H/K queries
-        scores = (grouped @ keys[:, :, None].swapaxes(-1, -2) * self.scale).reshape(B, H, L, S)
-        hidden = mask.hidden
-        if isinstance(hidden, str):
-            hidden = mx.arange(S - L, S)[:, None] >= mx.arange(S)[None]
-        if hidden is not None and hidden.dtype == mx.bool_:
-            scores = mx.where(hidden, scores, mx.finfo(scores.dtype).min)
-        elif hidden is not None:
-            scores = scores + hidden
-        probabilities = mx.softmax(scores, axis=-1, precise=True)
-        if self.training and self.dropout:
-            keep = mx.random.bernoulli(1 - self.dropout, probabilities.shape)
-            probabilities = probabilities * keep / (1 - self.dropout)
-        out = probabilities.reshape(grouped.shape[:-1] + (S,)) @ values[:, :, None]
-        return out.reshape(B, H, L, D), probabilities
 
 
 class MLP(nn.Module):
@@ -136,6 +122,8 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Pre-norm attention and MLP, each added to the stream. `mx.fast.rms_norm` casts before the weight, as Arcee's."""
 
+    gradient_checkpointing = False
+
     def __init__(self, config: ArceeConfig) -> None:
         super().__init__()
         self.self_attn = Attention(config)
@@ -146,12 +134,21 @@ class DecoderLayer(nn.Module):
     def __call__(
         self, x: mx.array, rotation: Rotation, mask: Mask, cache: Any | None, *, weights: bool = False
     ) -> tuple[mx.array, mx.array | None]:
-        attended, probabilities = self.self_attn(self.input_layernorm(x), rotation, mask, cache, weights=weights)
+        key = draw_key() if self.training and self.self_attn.dropout else None
+        if self.gradient_checkpointing and self.training and cache is None:
+            return recompute(self, lambda x: self._compute(x, rotation, mask, None, weights, key), x)
+        return self._compute(x, rotation, mask, cache, weights, key)
+
+    def _compute(
+        self, x: mx.array, rotation: Rotation, mask: Mask, cache: Any | None, weights: bool, key: mx.array | None
+    ) -> tuple[mx.array, mx.array | None]:
+        normed = self.input_layernorm(x)
+        attended, probabilities = self.self_attn(normed, rotation, mask, cache, weights=weights, key=key)
         x = x + attended
         return self.mlp(self.post_attention_layernorm(x), x), probabilities
 
 
-class ArceeModel(nn.Module):
+class ArceeModel(Trainable):
     """The decoder without a head."""
 
     def __init__(self, config: ArceeConfig) -> None:
@@ -293,7 +290,7 @@ class ArceeModel(nn.Module):
         return frozenset(i % count for i in indices if -count <= i < count)
 
 
-class ArceeForCausalLM(nn.Module):
+class ArceeForCausalLM(Trainable):
     """The decoder with its language-model head, tied to the embedding or not.
 
     `tied` overrides `tie_word_embeddings`: a file that holds a different head is not tied, as in transformers.

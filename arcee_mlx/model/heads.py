@@ -18,9 +18,9 @@ from ..errors import ConfigError, InputError
 from .config import ArceeConfig
 from .decoder import ArceeModel, DecoderLayer
 from .losses import PROBLEM_TYPES, cross_entropy, question_answering_loss, sequence_classification_loss
+from .training import DEFAULT_STD, Trainable
 
 _DEFAULT_DROPOUT = 0.1
-_DEFAULT_STD = 0.02  # where initializer_range is 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class QuestionAnsweringModelOutput(_HeadOutput):
     end_logits: mx.array
 
 
-class _DecoderWithHead(nn.Module):
+class _DecoderWithHead(Trainable):
     """What the three have in common; `base_model_prefix` names the attribute that holds the decoder."""
 
     base_model_prefix = "model"
@@ -300,7 +300,7 @@ def set_labels(
 def _new_linear(config: ArceeConfig, outputs: int, *, bias: bool) -> nn.Linear:
     """A head as transformers begins one: normal weights of its own key, no bias."""
     linear = nn.Linear(config.hidden_size, outputs, bias=bias)
-    std = config.initializer_range or _DEFAULT_STD
+    std = config.initializer_range or DEFAULT_STD
     linear.weight = std * mx.random.normal(linear.weight.shape, key=mx.random.key(0))
     if bias:
         linear.bias = mx.zeros((outputs,))
