@@ -23,7 +23,7 @@ ORDER = [
     "checkpoint.hub_request", "checkpoint.hub", "checkpoint.hub_upload", "checkpoint.shards", "checkpoint.links", "checkpoint.headers", "checkpoint.files", "checkpoint.names", "checkpoint.quantization", "checkpoint.function_schema", "checkpoint.chat_template", "checkpoint.detokenizer",
     "checkpoint.special_tokens", "checkpoint.tokenizer",
     "checkpoint.adapter_files", "checkpoint.peft", "checkpoint.adapters", "checkpoint.opening", "checkpoint.loading",
-    "measure", "conversion", "generate", "engine", "tasks", "inspection", "lm", "bench", "doctor", "cli", "__init__", "__main__",
+    "lm", "measure", "conversion", "generate", "engine", "tasks", "inspection", "bench", "doctor", "cli", "__init__", "__main__",
 ]  # fmt: skip
 # model/config.read_config and files share one JSON reader; rope's order among masks, inputs and losses is free.
 SAME_LEVEL = {"model.masks", "model.inputs", "model.losses"}

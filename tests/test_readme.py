@@ -23,7 +23,7 @@ def test_the_python_runs_as_it_stands(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     codes = [code for code in blocks("python") if "my-classifier" not in code]  # test_train_classifier.py runs that
-    assert len(codes) == len(blocks("python")) - 1 == 7
+    assert len(codes) == len(blocks("python")) - 1 == 8
     scope: dict[str, object] = {}
     for code in codes:
         exec(compile(code, "README.md", "exec"), scope)
@@ -36,7 +36,8 @@ def test_the_commands_parse_as_they_stand(monkeypatch: pytest.MonkeyPatch) -> No
     lines = [shlex.split(line) for block in blocks("bash") for line in block.splitlines()]
     ours = [line[1:] for line in lines if line[0].endswith("arcee-mlx")]
     assert [line[0] for line in ours] == [
-        "doctor", "convert", "generate", "inspect", "sparsity", "bench", "bench", "chat",
+        "doctor", "convert", "generate", "inspect", "eval", "eval", "score", "embed", "sparsity", "bench", "bench", "classify",
+        "tag", "answer", "chat",
     ]  # fmt: skip
     for line in ours:
         assert main(line) == 0

@@ -23,6 +23,7 @@ from typing import Any
 from ..checkpoint.files import open_checkpoint, same_content
 from ..checkpoint.quantization import Quantization
 from ..errors import ConversionError, InputError
+from ..model.config import LAYOUTS
 from .afm_shape import AFM_CONFIG, count_weights, write_checkpoint
 from .convert_process import CONVERTERS, Converter, Effort, convert_in_process
 from .convert_quality import compare_conversions
@@ -87,6 +88,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibrate", nargs="?", const=True, metavar="TEXT", help="with --model: convert as --calibrate does"
     )
     parser.add_argument("--recipe", metavar="NAME|FILE", help="with --model: convert by this recipe")
+    parser.add_argument(
+        "--layout", choices=LAYOUTS, help="with --model: of our down projections (default: standard, as mlx-lm's are)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
 
 
@@ -103,16 +107,19 @@ def run(args: argparse.Namespace) -> int:
     if not work.is_dir():
         raise InputError(f"--work is {work}, no folder; expected one that exists; make it first")
     if args.model is None:
-        if args.calibrate is not None or args.recipe is not None:
+        if any(option is not None for option in (args.calibrate, args.recipe, args.layout)):
             raise InputError(
-                "--calibrate or --recipe came without --model; expected random weights in the default form; add --model"
+                "--calibrate, --recipe or --layout came without --model; expected random weights in mlx-lm's default "
+                "form; add --model"
             )
         values = measure_speed(args.layers or _LAYERS, runs=args.runs or _RUNS, work=work)
     else:
         if args.layers is not None or args.runs is not None:
             raise InputError("--layers or --runs came with --model; expected neither: a model's quality is no time")
         with work_folder(work) as folder:
-            values = compare_conversions(args.model, args.text, folder, calibrate=args.calibrate, recipe=args.recipe)
+            values = compare_conversions(
+                args.model, args.text, folder, calibrate=args.calibrate, recipe=args.recipe, layout=args.layout
+            )
     if args.json is not None:
         args.json.write_text(json.dumps({"machine": describe_machine(), **values}, indent=2) + "\n", encoding="utf-8")
     return 0

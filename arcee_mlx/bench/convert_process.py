@@ -22,6 +22,7 @@ from .. import upstream
 from ..checkpoint.quantization import Quantization
 from ..conversion.result import peak_memory_bytes
 from ..errors import ArceeError, InputError
+from ..model.config import LAYOUTS
 from ..program import run_program
 from . import plain_port
 
@@ -44,7 +45,13 @@ class Effort:
 
 
 def convert_in_process(
-    converter: Converter, source: Path, target: Path, *, calibrate: str | bool | None = None, recipe: str | None = None
+    converter: Converter,
+    source: Path,
+    target: Path,
+    *,
+    calibrate: str | bool | None = None,
+    recipe: str | None = None,
+    layout: str | None = None,
 ) -> Effort:
     """Converts a checkpoint folder to 4 bits, each converter's default.
 
@@ -54,6 +61,7 @@ def convert_in_process(
         target: new folder.
         calibrate: of "arcee_mlx" alone: True, or the path of a calibration text.
         recipe: of "arcee_mlx" alone: name or file; by default what the convert command takes.
+        layout: of "arcee_mlx" alone: of down projections; by default the recipe's, else standard, as mlx_lm's are.
 
     Raises:
         ArceeError: the conversion failed; the message ends with what it said.
@@ -64,6 +72,8 @@ def convert_in_process(
         command += ["--calibrate"] if calibrate is True else ["--calibrate", str(calibrate)]
     if recipe is not None:
         command += ["--recipe", recipe]
+    if layout is not None:
+        command += ["--layout", layout]
     paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(
@@ -79,20 +89,20 @@ def convert_in_process(
 
 def _import_ours(args: argparse.Namespace) -> Callable[..., object]:
     from ..conversion.recipe_file import read_recipe
-    from ..conversion.recipes import CALIBRATED_RECIPE
+    from ..conversion.recipes import CALIBRATED_RECIPE, Recipe, override
     from ..conversion.run import convert
 
     options: dict[str, Any] = {} if args.calibrate is None else {"calibrate": args.calibrate}
-    if name := args.recipe or (CALIBRATED_RECIPE if options else None):
-        options["recipe"] = read_recipe(name)
-    return partial(convert, **options)
+    name = args.recipe or (CALIBRATED_RECIPE if options else None)
+    recipe = Recipe() if name is None else read_recipe(name)
+    return partial(convert, recipe=override(recipe, layout=args.layout or recipe.layout or "standard"), **options)
 
 
 def _import_mlx_lm(args: argparse.Namespace) -> Callable[..., object]:
     """mlx_lm's own function and code, but for Arcee, of which it has no model, and a tokenizer that may not be there."""
-    if args.calibrate is not None or args.recipe is not None:
+    if any(option is not None for option in (args.calibrate, args.recipe, args.layout)):
         raise InputError(
-            "--calibrate or --recipe came with mlx_lm; expected arcee_mlx, which alone has them; leave them out"
+            "--calibrate, --recipe or --layout came with mlx_lm; expected arcee_mlx, which alone has them; leave them out"
         )
     plain_port.register()
     if not (args.source / "tokenizer.json").exists():
@@ -116,6 +126,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", type=Path, help="new folder")
     parser.add_argument("--calibrate", nargs="?", const=True, metavar="TEXT", help="as of arcee-mlx convert")
     parser.add_argument("--recipe", metavar="NAME|FILE", help="as of arcee-mlx convert")
+    parser.add_argument("--layout", choices=LAYOUTS, help="of down projections (default: the recipe's, else standard)")
 
 
 def _run(args: argparse.Namespace) -> int:

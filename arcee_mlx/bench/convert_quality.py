@@ -25,6 +25,7 @@ def compare_conversions(
     *,
     calibrate: str | bool | None = None,
     recipe: str | None = None,
+    layout: str | None = None,
 ) -> dict[str, Any]:
     """Converts a model with both converters, compares each with the original on a text, and prints the result.
 
@@ -32,7 +33,7 @@ def compare_conversions(
         path_or_id: float checkpoint, folder or hub id.
         text_file: UTF-8 text that calibration never saw.
         folder: empty; both conversions are written into it.
-        calibrate, recipe: ours; see `convert_in_process`.
+        calibrate, recipe, layout: ours; see `convert_in_process`.
 
     Returns:
         the numbers, for JSON.
@@ -54,16 +55,23 @@ def compare_conversions(
     for name in CONVERTERS:
         print(f"{name}: converting and comparing", file=sys.stderr)
         if name == "arcee_mlx":
-            convert_in_process(name, source, folder / name, calibrate=calibrate, recipe=recipe)
+            convert_in_process(name, source, folder / name, calibrate=calibrate, recipe=recipe, layout=layout)
         else:
             convert_in_process(name, source, folder / name)
         output_bytes = sum(entry.nbytes for entry in open_checkpoint(folder / name).entries.values())
         bits[name] = 8 * output_bytes / weights
-        comparison = compare(original, open_model(folder / name), ids)
+        converted = open_model(folder / name)
+        comparison = compare(original, converted, ids)
         assert comparison.kl_mean is not None  # mlx_lm converts causal models only
         divergences[name] = comparison.kl_mean
-        values[name] = comparison.to_dict() | {"output_bytes": output_bytes, "bits_per_weight": bits[name]}
+        stored = converted.config.down_proj_layout
+        values[name] = comparison.to_dict() | {
+            "layout": stored,
+            "output_bytes": output_bytes,
+            "bits_per_weight": bits[name],
+        }
         how = "calibrated" if calibrate and name == "arcee_mlx" else "rounded to nearest"
+        how += ", by neuron" if stored == "by_neuron" else ""
         print(f"{name:9s}  {bits[name]:.3f} bits per weight, {how}: KL mean {comparison.kl_mean:.3e}, p99 {comparison.kl_p99:.3e}; "
               f"perplexity {comparison.perplexity:.4f} (float {comparison.perplexity_reference:.4f}); "
               f"top-1 agreement {comparison.top1_agreement:.2%}", flush=True)  # fmt: skip

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -87,15 +88,40 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     )
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """The tokens of a text and where they are in it; from `Tokenizer.encode_with_offsets`, under tokenizers' names.
+
+    Attributes:
+        ids: of the tokens.
+        offsets: (start, end) in characters of the text, each; tokens that share a character all name it.
+        special_tokens_mask: 1 for what the tokenizer put around the text, which stands nowhere in it.
+        sequence_ids: 0 for a token of the text, 1 for one of its pair, None for what was put around them.
+        word_ids: which piece of its text a token is from, as the tokenizer splits it first; None where that is none.
+    """
+
+    ids: Sequence[int]
+    offsets: Sequence[tuple[int, int]]
+    special_tokens_mask: Sequence[int]
+    sequence_ids: Sequence[int | None]
+    word_ids: Sequence[int | None]
+
+    def pick(self, places: Iterable[int]) -> Encoding:
+        """Keep these tokens, in this order."""
+        places = list(places)
+        return Encoding(*([getattr(self, field.name)[i] for i in places] for field in fields(self)))
+
+
 class Tokenizer:
     """A checkpoint's tokenizer; `read_tokenizer` makes it. Safe to share: nothing in it changes after it is made.
 
     Attributes:
         kind: The tokenizers library's name of its algorithm, such as "BPE".
+        continuing_subword_prefix: What tokens inside a word begin with, such as "##"; "" for none.
         vocab_size: Number of ids, added tokens included: the largest id plus one.
         special_tokens: Texts of the special tokens by name (`bos_token`, ...), the model's own names included.
         bos_token, eos_token, pad_token, unk_token: Their texts, or None.
-        bos_token_id, eos_token_id, pad_token_id: Their ids, or None.
+        bos_token_id, eos_token_id, pad_token_id, unk_token_id: Their ids, or None.
         eos_token_ids: Every id that ends generation: `eos_token_id` of generation_config.json (one or several), else of
             config.json, and always the tokenizer's own `eos_token`. transformers stops at the first of these that
             exists; chat checkpoints that end a turn with another token than they end a document with often name it in
@@ -124,6 +150,7 @@ class Tokenizer:
         self._cleans_up_spaces = cleans_up_spaces
         self._special_ids = special_ids
         self.kind: str = type(backend.model).__name__
+        self.continuing_subword_prefix: str = getattr(backend.model, "continuing_subword_prefix", None) or ""
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         # Embedding tables are padded to round sizes; a model may emit an id beyond the tokenizer's, which has no text.
         self._id_count = max(self.vocab_size, model_vocab_size)
@@ -135,6 +162,7 @@ class Tokenizer:
         self.bos_token_id = self._id_of(self.bos_token)
         self.eos_token_id = self._id_of(self.eos_token)
         self.pad_token_id = self._id_of(self.pad_token)
+        self.unk_token_id = self._id_of(self.unk_token)
         self.generation_config: dict[str, Any] = dict(generation_config or {})
         own = () if self.eos_token_id is None else (self.eos_token_id,)
         self.eos_token_ids: frozenset[int] = frozenset(eos_token_ids).union(own)
@@ -151,16 +179,18 @@ class Tokenizer:
         Raises:
             InputError: `text` is not a str, or has half of a surrogate pair, which UTF-8 cannot hold.
         """
-        if not isinstance(text, str):
-            raise InputError(f"text is of type {type(text).__name__}; expected str; join or decode it first")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"text has a lone surrogate at position {error.start}; expected valid Unicode; "
-                "read the source with errors='replace'"
-            ) from error
+        _check_text(text)
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_with_offsets(self, text: str, pair: str | None = None, *, add_special_tokens: bool = True) -> Encoding:
+        """Turn text, or a pair of texts, into ids and the places they have in it; arguments and errors as in `encode`.
+
+        An empty second text is none, as in transformers: no token parts the two.
+        """
+        for given in (text,) if pair is None else (text, pair):
+            _check_text(given)
+        found = self._backend.encode(text, pair or None, add_special_tokens=add_special_tokens)
+        return Encoding(found.ids, found.offsets, found.special_tokens_mask, found.sequence_ids, found.word_ids)
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         """Turn ids into text.
@@ -241,6 +271,15 @@ class Tokenizer:
         """Look up the id of the token whose stored text is `text`; None where there is none."""
         return self._backend.token_to_id(text)
 
+    def convert_ids_to_tokens(self, ids: Iterable[int]) -> list[str]:
+        """Give the stored form of each token, "" for an id without one; errors as in `decode`."""
+        return [self._text_of(token_id, skip_special_tokens=False) or "" for token_id in _each(ids)]
+
+    def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
+        """Turn stored forms into the text that they are together."""
+        decoder = self._backend.decoder
+        return " ".join(tokens) if decoder is None else decoder.decode(list(tokens))
+
     def shares_vocabulary(self, other: Tokenizer) -> bool:
         """Whether every id is the same token in both."""
         return self._backend.get_vocab() == other._backend.get_vocab()
@@ -295,6 +334,18 @@ class Tokenizer:
         """Give the stored form of a token, or None where `decode` would pass over it."""
         checked = self._check_id(token_id)
         return None if skip_special_tokens and checked in self._special_ids else self._backend.id_to_token(checked)
+
+
+def _check_text(text: str) -> None:
+    if not isinstance(text, str):
+        raise InputError(f"text is of type {type(text).__name__}; expected str; join or decode it first")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"text has a lone surrogate at position {error.start}; expected valid Unicode; "
+            "read the source with errors='replace'"
+        ) from error
 
 
 def _read_eos_token_ids(

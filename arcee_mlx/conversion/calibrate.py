@@ -246,7 +246,7 @@ class Calibration:
         mlp, down = layer.mlp, find_down(path, self._planned.tensors)
         has_bias = "bias" in mlp.up_proj
         check_finite(mx.array(use.importance.astype(np.float32)), f"{path}.mlp, on the calibration text,")
-        factors = np.ones(mlp.down_proj.weight.shape[1])
+        factors: Floats = np.ones(mlp.down_proj.weight.shape[1])
         if down.quantization is not None and not down.by_neuron:
             weight = np.array(mlp.down_proj.weight)
             factors = choose_factors(weight, use, down.quantization, DTYPES[down.dtype][0]) ** -0.5

@@ -85,7 +85,7 @@ def describe_command(conversion: Conversion) -> tuple[str, str]:
         if form is not None and form.mode != "affine":
             words += ["--q-mode", form.mode]
         words += [] if recipe.dtype is None else ["--dtype", recipe.dtype]
-        words += [] if recipe.layout == "standard" else ["--layout", recipe.layout]
+        words += [] if recipe.layout is None else ["--layout", recipe.layout]
     if conversion.calibration is not None:
         words += ["--calibrate", *([] if conversion.calibration.is_own else [conversion.calibration.name])]
     words += ["--mlx-path", conversion.folder.name]
@@ -94,9 +94,6 @@ def describe_command(conversion: Conversion) -> tuple[str, str]:
 
 def _describe_use(conversion: Conversion) -> list[str]:
     name = shlex.quote(conversion.folder.name)
-    note = "mlx-lm reads it, too: `python -m arcee_mlx.lm` is its command line with this architecture known to it."
-    if conversion.recipe.layout == "by_neuron":
-        note = "Its down projections are stored by neuron, which mlx-lm does not read; `--layout standard` is for it."
     output = _TASKS[conversion.architecture][1]
     if output:
         return [
@@ -104,6 +101,12 @@ def _describe_use(conversion: Conversion) -> list[str]:
             f"```python\nmodel = arcee_mlx.load_model({json.dumps(conversion.folder.name)})  # {conversion.architecture}\n"
             f"print(model.forward(mx.array([[1, 2, 3]])).{output})  # token ids in\n```",
         ]
+    note = "mlx-lm's commands run on it through `python -m arcee_mlx.lm`, which makes this architecture known to them."
+    if conversion.layout == "by_neuron":
+        note += (
+            " Its down projections are stored by neuron, so that decoding can leave out those of zero neurons; for DoRA, AWQ,"
+            " GPTQ, DWQ and programs with an Arcee model of their own convert with `--layout standard`."
+        )
     return [
         "## Run it",
         f'```bash\narcee-mlx generate --model {name} --prompt "Why is the sky blue?"\n```',

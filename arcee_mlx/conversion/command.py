@@ -181,7 +181,11 @@ def _add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--q-mode", choices=tuple(MODES), help="quantization mode (default: affine)")
     parser.add_argument("--dtype", choices=DTYPES, help="of all that is not quantized (default: the checkpoint's own)")
-    parser.add_argument("--layout", choices=LAYOUTS, help="of down projections (default: standard)")
+    parser.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        help="of down projections (default: by_neuron where weights are quantized, else standard)",
+    )
 
 
 class _Refuse(argparse.Action):

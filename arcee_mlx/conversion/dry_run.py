@@ -88,6 +88,7 @@ def plan_to_dict(planned: ConversionPlan, *, calibration_tokens: int = 0) -> dic
         "source": planned.conversion.source,
         "folder": str(planned.target),
         "recipe": recipe_to_dict(planned.recipe),
+        "layout": planned.conversion.layout,
         "tensors": [
             {
                 "name": tensor.name,

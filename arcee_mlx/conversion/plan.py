@@ -73,7 +73,13 @@ class PlannedTensor:
 
 
 def plan_tensors(
-    sources: Mapping[str, TensorEntry], layers: Collection[str], recipe: Recipe, *, dtype: str, num_layers: int
+    sources: Mapping[str, TensorEntry],
+    layers: Collection[str],
+    recipe: Recipe,
+    *,
+    dtype: str,
+    layout: str,
+    num_layers: int,
 ) -> list[PlannedTensor]:
     """Decides what becomes of every tensor.
 
@@ -83,6 +89,7 @@ def plan_tensors(
             whole groups stays a float.
         recipe: what to make of them.
         dtype: "float32", "float16" or "bfloat16", where the recipe leaves it open.
+        layout: of down projections.
         num_layers: of the decoder, for rules that pick layers by number.
 
     Returns:
@@ -96,7 +103,7 @@ def plan_tensors(
             plan.append(PlannedTensor(key, source, target, None, {key: (target, source.shape)}))
             continue
         rule, form = recipe.choose(_causal_path(path), num_layers)
-        by_neuron = recipe.layout == "by_neuron" and path.endswith(".mlp.down_proj")
+        by_neuron = layout == "by_neuron" and path.endswith(".mlp.down_proj")
         rows, columns = source.shape[::-1] if by_neuron else source.shape
         if form is not None and columns % form.group_size:
             form = None
@@ -117,13 +124,20 @@ def quantization_table(plan: Sequence[PlannedTensor]) -> dict[str, Any]:
 
 
 def describe_form(plan: Sequence[PlannedTensor]) -> str:
-    """The forms of a plan in words, that with the most bytes first: "4 bits in groups of 64, bfloat16"."""
+    """The forms of a plan in words, that with the most bytes first.
+
+    Such as "4 bits in groups of 64, bfloat16, down projections by neuron".
+    """
     nbytes: dict[str, int] = {}
     for tensor in plan:
-        if tensor.quantization is not None:
-            nbytes[tensor.form] = nbytes.get(tensor.form, 0) + tensor.nbytes
+        if (quantization := tensor.quantization) is not None:
+            nbytes[quantization.form] = nbytes.get(quantization.form, 0) + tensor.nbytes
     forms = sorted(nbytes, key=lambda form: -nbytes[form])
-    return ", ".join([*([" and ".join(forms)] if forms else []), _DTYPE_WORDS[plan[0].dtype]])
+    words = [" and ".join(forms)] if forms else []
+    words.append(_DTYPE_WORDS[plan[0].dtype])
+    if any(tensor.by_neuron for tensor in plan):
+        words.append("down projections by neuron")
+    return ", ".join(words)
 
 
 def find_undivided(plan: Sequence[PlannedTensor], recipe: Recipe) -> list[str]:

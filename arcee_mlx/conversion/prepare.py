@@ -89,7 +89,10 @@ def plan_conversion(
         for path, module in source.model.named_modules()
         if hasattr(module, "to_quantized") and path not in TASK_HEADS  # small, and what all else is for: floats
     }
-    tensors = plan_tensors(entries, layers, recipe, dtype=dtype, num_layers=source.config.num_hidden_layers)
+    layout = recipe.choose_layout(source.config.hidden_act)
+    tensors = plan_tensors(
+        entries, layers, recipe, dtype=dtype, layout=layout, num_layers=source.config.num_hidden_layers
+    )
     carried = find_files(folder, _CARRIED)
     conversion = Conversion(
         source=hub_id or folder.resolve().name,
@@ -97,6 +100,7 @@ def plan_conversion(
         folder=target,
         architecture=type(source.model).__name__,
         recipe=recipe,
+        layout=layout,
         form=describe_form(tensors),
         is_quantized=any(t.quantization for t in tensors),
         dtype=dtype,
@@ -172,4 +176,4 @@ def convert_config(planned: ConversionPlan) -> dict[str, Any]:
     if table := quantization_table(planned.tensors):
         # Twice, as mlx-lm writes it: it reads the first, tools of Hugging Face look for the second.
         values["quantization"] = values["quantization_config"] = table
-    return values | layout_entry(planned.recipe.layout)
+    return values | layout_entry(planned.conversion.layout)

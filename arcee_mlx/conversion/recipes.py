@@ -77,7 +77,7 @@ class Recipe:
         dtype: of all that stays a float, scales and biases of quantized weights included: "float32", "float16" or
             "bfloat16"; None for the checkpoint's own.
         layout: of down projections: "standard" as in the checkpoint, or "by_neuron": transposed, so that all a neuron
-            writes is one row.
+            writes is one row. None leaves it to the checkpoint: see `choose_layout`.
         name: of the recipe; "" for one that has none.
         description: what it is good for, in a sentence.
     """
@@ -85,7 +85,7 @@ class Recipe:
     quantization: Quantization | None = Quantization()
     rules: Sequence[Rule] = ()
     dtype: str | None = None
-    layout: str = "standard"
+    layout: str | None = None
     name: str = ""
     description: str = ""
 
@@ -98,8 +98,8 @@ class Recipe:
             raise InputError(
                 f"dtype is {self.dtype!r}; expected {list_words(DTYPES)}; leave it out to keep the source's"
             )
-        if self.layout not in LAYOUTS:
-            raise InputError(f"layout is {self.layout!r}; expected {list_words(LAYOUTS)}; leave it out for standard")
+        if self.layout is not None and self.layout not in LAYOUTS:
+            raise InputError(f"layout is {self.layout!r}; expected {list_words(LAYOUTS)}; leave it out for the default")
         for key in ("name", "description"):
             if not isinstance(value := getattr(self, key), str):
                 raise InputError(f"{key} is {value!r}; expected a text; put it in quotes")
@@ -108,6 +108,13 @@ class Recipe:
     def quantizes(self) -> bool:
         """Whether there is a layer that it may quantize."""
         return self.quantization is not None or any(rule.quantization for rule in self.rules)
+
+    def choose_layout(self, hidden_act: str) -> str:
+        """The layout asked for; else by neuron where zeros can be left out of quantized weights, and standard elsewhere.
+
+        Float weights stay what transformers reads, too.
+        """
+        return self.layout or ("by_neuron" if self.quantizes and hidden_act == "relu2" else "standard")
 
     def choose(self, path: str, num_layers: int) -> tuple[int | None, Quantization | None]:
         """Decides a layer's form.

@@ -26,6 +26,7 @@ class Conversion:
         folder: of the converted checkpoint.
         architecture: the class it is of, such as "ArceeForCausalLM".
         recipe: what was asked for.
+        layout: of down projections: "standard" or "by_neuron".
         form: of the weights in words, such as "4 bits in groups of 64, bfloat16".
         is_quantized: whether a weight does not stay a float.
         dtype: of what is not quantized: "float32", "float16" or "bfloat16".
@@ -47,6 +48,7 @@ class Conversion:
     folder: Path
     architecture: str
     recipe: Recipe
+    layout: str
     form: str
     is_quantized: bool
     dtype: str
@@ -76,6 +78,7 @@ class Conversion:
             "folder": str(self.folder),
             "architecture": self.architecture,
             "recipe": recipe_to_dict(self.recipe),
+            "layout": self.layout,
             "form": self.form,
             "dtype": self.dtype,
             "float_layers": list(self.float_layers),

@@ -161,7 +161,7 @@ class _GivenRows(ByNeuron):
 def _multiply(path: str, x: mx.array, rows: Rows, bias: mx.array | None, residual: mx.array) -> mx.array:
     if path == "kernel":
         return kernels.multiply(x, rows, bias, residual)
-    return _GivenRows(rows, bias).after_relu2(x, residual, sparse="auto" if path == "gathered" else "off")
+    return _GivenRows(rows, bias).after_relu2(x, residual, sparse="on" if path == "gathered" else "off")
 
 
 _Form = tuple[mx.Dtype, int | None, int | None, tuple[int, int] | None]

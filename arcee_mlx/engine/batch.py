@@ -64,14 +64,14 @@ class Batch:
         mx.eval([layer.state for layer in cache])
         return cache
 
-    def leave(self, row: ActiveRow) -> int:
+    def leave(self, row: ActiveRow) -> tuple[int, mx.array]:
         """Takes a row out.
 
         Returns:
-            the token that was drawn one step ahead. With it as its last id the row may begin again.
+            the token that was drawn one step ahead, and its scores (V,). With it as its last id the row may begin again.
         """
         place = self._place(row)
-        drawn = self._batch._next_tokens[place].item()
+        drawn = self._batch._next_tokens[place].item(), self._batch._next_logprobs[place]
         del self._rows[self._batch.uids[place]]
         self._batch.filter([i for i in range(len(self._batch)) if i != place])
         return drawn

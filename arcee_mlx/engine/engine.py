@@ -27,7 +27,7 @@ from ..generate.sampling import LogitsProcessor
 from ..model.config import ArceeConfig
 from .answer_stream import AnswerStream, AsyncAnswerStream
 from .owner import Owner, OwnerSettings
-from .request import OnEnd, Request, check_buffer, check_deadline, closed_error
+from .request import OnEnd, Request, check_buffer, check_deadline, check_processors, closed_error
 from .scheduler import EngineStats, Scheduler
 from .session import Session
 from .session_file import load_session
@@ -100,14 +100,14 @@ class Engine:
             InputError: a number is out of range.
             MemoryBudgetError: the weights do not fit the budget.
         """
-        for name, value, least in (
-            ("max_batch_size", max_batch_size, 1),
-            ("max_queue", max_queue, 0),
-            ("prefill_step_size", prefill_step_size, 1),
-            ("prefix_cache_bytes", prefix_cache_bytes, 0),
-            ("wired_limit_bytes", wired_limit_bytes, 0),
+        for name, value, least, may_be_none in (
+            ("max_batch_size", max_batch_size, 1, False),
+            ("max_queue", max_queue, 0, False),
+            ("prefill_step_size", prefill_step_size, 1, False),
+            ("prefix_cache_bytes", prefix_cache_bytes, 0, True),
+            ("wired_limit_bytes", wired_limit_bytes, 0, True),
         ):
-            if value is not None and (type(value) is not int or value < least):
+            if not (may_be_none and value is None) and (type(value) is not int or value < least):
                 raise InputError(f"{name} is {value!r}; expected an integer of at least {least}")
         settings = OwnerSettings(
             max_batch_size, prefill_step_size, memory_budget_bytes, prefix_cache_bytes, wired_limit_bytes
@@ -330,10 +330,14 @@ class Engine:
         buffer_chunks: int | None,
         on_end: OnEnd | None = None,
     ) -> list[Request]:
+        check_processors(logits_processors)
+        if not isinstance(wait, bool):
+            raise InputError(f"wait is {wait!r}; expected True or False")
         requests = [
             Request(
                 checked,
                 self._owner.wake,
+                self._owner,
                 logits_processors=tuple(logits_processors),
                 deadline_s=deadline_s,
                 buffer_chunks=buffer_chunks,

@@ -18,7 +18,7 @@ from ..model.decoder import ArceeForCausalLM
 from ..thread_end import wait_for_this_thread_at_exit
 from .memory import MemoryBudget, make_budget
 from .prefix_cache import PrefixCache
-from .request import Request, closed_error
+from .request import Request, closed_error, own_thread_error
 from .scheduler import Scheduler
 
 T = TypeVar("T")
@@ -90,8 +90,10 @@ class Owner(threading.Thread):
     def call(self, function: Callable[[], T]) -> T:
         """Runs a function on the owner thread, between two steps, and gives what it gives.
 
-        Raises: EngineClosedError, or what the function raises.
+        Raises: EngineClosedError, or what the function raises; InputError on the owner thread itself.
         """
+        if threading.current_thread() is self:
+            raise own_thread_error()
         if self.is_stopping:
             raise closed_error()
         future: Future[T] = Future()

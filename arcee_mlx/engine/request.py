@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -30,6 +31,7 @@ class Request:
         self,
         checked: CheckedRequest,
         wake: Callable[[], object],
+        owner: threading.Thread,
         *,
         logits_processors: Sequence[LogitsProcessor] = (),
         deadline_s: float | None = None,
@@ -40,6 +42,7 @@ class Request:
         """Args: for the engine, which makes them.
 
         wake: called when the owner thread ought to look at this request; takes no lock.
+        owner: that thread.
         deadline_s: from now.
         buffer_chunks: chunks made ahead of the reader at most; None for no reader, so that there is no limit.
         may_wait: for memory.
@@ -52,7 +55,7 @@ class Request:
         self.started_s = time.perf_counter()
         self.deadline_s = None if deadline_s is None else time.monotonic() + deadline_s
         self.cancel_asked = False
-        self._wake, self._on_end = wake, on_end
+        self._wake, self._owner, self._on_end = wake, owner, on_end
         self._process = os.getpid()
         self._changed = threading.Condition()
         self._chunks: list[GenerationChunk] = []
@@ -90,8 +93,9 @@ class Request:
         Raises:
             TimeoutError: the answer is not complete yet.
             ArceeError: what it failed with.
+            InputError: called in one of the engine's own calls, a logits processor for example, before the end.
         """
-        self._check_process()
+        self._check_can_wait()
         with self._changed:
             if not self._changed.wait_for(lambda: self.has_ended, timeout_s):
                 raise TimeoutError(f"the request is {self._state} after {timeout_s} s; wait longer, or cancel it")
@@ -99,14 +103,14 @@ class Request:
 
     def next_chunk(self) -> GenerationChunk | None:
         """Waits for the next chunk no reader took; None at the end. See `result` for what it raises."""
-        self._check_process()
+        self._check_can_wait()
         with self._changed:
             self._changed.wait_for(self._has_news)
             return self._take_chunk()
 
     def next_chunk_now(self) -> GenerationChunk | None | Literal["not yet"]:
-        """The same without waiting."""
-        self._check_process()
+        """The same without waiting, for who comes back when there is news."""
+        self._check_can_wait()
         with self._changed:
             return self._take_chunk() if self._has_news() else "not yet"
 
@@ -137,6 +141,11 @@ class Request:
 
     def _has_followed(self) -> bool:
         return self.buffer_chunks is None or len(self._chunks) - self._read <= self.buffer_chunks // 2
+
+    def _check_can_wait(self) -> None:
+        self._check_process()
+        if threading.current_thread() is self._owner and not self.has_ended:
+            raise own_thread_error()
 
     def _check_process(self) -> None:
         if self._process != os.getpid():  # the engine's thread is not in this one
@@ -189,7 +198,8 @@ class Request:
 
     def fail(self, error: BaseException) -> None:
         """Ends it with an error."""
-        self._settle(None)
+        with contextlib.suppress(BaseException):  # the hook's own failure comes second
+            self._settle(None)
         with self._changed:
             self._error, self._state = error, "failed"
             self._tell()
@@ -233,6 +243,25 @@ def check_buffer(buffer_chunks: int) -> None:
         raise InputError(f"buffer_chunks is {buffer_chunks!r}; expected an integer of at least 1")
 
 
+def check_processors(logits_processors: Sequence[LogitsProcessor]) -> None:
+    """Raises InputError unless it is a sequence of functions."""
+    if not isinstance(logits_processors, Sequence):
+        raise InputError(
+            f"logits_processors is of type {type(logits_processors).__name__}; expected a sequence of functions"
+        )
+    for i, process in enumerate(logits_processors):
+        if not callable(process):
+            raise InputError(f"logits_processors[{i}] is of type {type(process).__name__}; expected a function")
+
+
 def closed_error() -> EngineClosedError:
     """What every call to a closed engine, and every request it left unanswered, gets."""
     return EngineClosedError("the engine is closed; expected an open one; load another with Engine.load")
+
+
+def own_thread_error() -> InputError:
+    """What a call gets that would have the engine's thread wait for itself."""
+    return InputError(
+        "the engine's own thread, which calls logits processors, would wait for itself; expected a call that returns at once, "
+        "or another thread; do not wait for an answer there"
+    )

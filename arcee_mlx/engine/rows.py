@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from typing import Any
 
 import mlx.core as mx
@@ -66,6 +67,13 @@ class ActiveRow:
         """Raises what was raised when the next token was sampled."""
         if self.error is not None and len(self.ids) - len(self.request.checked.ids) >= self.error_token:
             raise self.error
+
+    def close(self) -> None:
+        """Lets go of what it holds; its own steps end here, since MLX does not let them end in another thread."""
+        self.cache, self.processors, self.sampler = [], [], None  # the functions hold this row: no cycle is to stay
+        if self.steps is not None:
+            with suppress(Exception):
+                self.steps.close()
 
     def _guard_processor(self, process: LogitsProcessor) -> LogitsProcessor:
         def call(tokens: mx.array, logits: mx.array) -> mx.array:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -80,7 +79,7 @@ class Scheduler:
         self.prefixes = prefixes
         self._model, self._tokenizer, self._budget = model, tokenizer, budget
         self._max_batch_size, self._prefill_step_size = max_batch_size, prefill_step_size
-        self._waiting: deque[Request] = deque()
+        self._waiting: dict[Request, RequestSize] = {}  # the first in line first
         self._prefilling: ActiveRow | None = None
         self._decoding: list[ActiveRow] = []
         self._paused: list[ActiveRow] = []
@@ -121,13 +120,13 @@ class Scheduler:
     def submit(self, requests: list[Request]) -> None:
         """Puts requests in line, one behind the other; those that may not wait for memory fail if they would."""
         for request in requests:
-            try:
-                if not request.may_wait:
-                    others = [row.size for row in self._rows()] + [self._measure(each) for each in self._waiting]
-                    self._budget.check_beside(self._measure(request), others)
-                self._waiting.append(request)
-            except Exception as error:
-                self._fail(request, error)
+            self._guard([], partial(self._put_in_line, request), request)
+
+    def _put_in_line(self, request: Request) -> None:
+        size = self._budget.measure(self._model.config, request.checked)
+        if not request.may_wait:
+            self._budget.check_beside(size, [*(row.size for row in self._rows()), *self._waiting.values()])
+        self._waiting[request] = size
 
     def turn(self) -> None:
         """See the top of the file."""
@@ -138,15 +137,16 @@ class Scheduler:
         self._end_early()  # a chunk takes long, and the next step is not to begin after a cancel
         self._decode()
         if not self.has_work or self._decode_steps % CLEAR_STEPS == 0:
-            mx.clear_cache()  # buffers of caches that have grown, which fit nothing any more
+            self._guard([], mx.clear_cache)  # buffers of caches that have grown, which fit nothing any more
 
     def fail_all(self, error: BaseException) -> None:
         """Ends every request with an error, and lets go of all they hold."""
         for request in [*self._waiting, *(row.request for row in self._rows())]:
             self._fail(request, error)
+        for row in self._rows():
+            row.close()
         self._waiting.clear()
         self._prefilling, self._decoding, self._paused = None, [], []
-        self._batch = Batch(self._model)
         self.prefixes.shrink(0)
 
     def stats(self) -> EngineStats:
@@ -166,15 +166,12 @@ class Scheduler:
             budget_bytes=self._budget.limit_bytes,
         )
 
-    def _measure(self, request: Request) -> RequestSize:
-        return self._budget.measure(self._model.config, request.checked)
-
     def _rows(self) -> list[ActiveRow]:
         return [*self._decoding, *self._paused, *([self._prefilling] if self._prefilling else [])]
 
     def _end_early(self) -> None:
         for request in [request for request in self._waiting if request.ended_early]:
-            self._waiting.remove(request)
+            del self._waiting[request]
             self._guard([], partial(self._end, request), request)
         for row in [row for row in self._rows() if row.request.ended_early]:
             self._keep_answer(row)
@@ -183,8 +180,16 @@ class Scheduler:
 
     def _end(self, request: Request) -> None:
         if not request.has_ended:  # it may have failed with its batch meanwhile
-            self._done += 1
-            request.end(request.ended_early or "cancelled")
+            self._finish(partial(request.end, request.ended_early or "cancelled"))
+
+    def _finish(self, tell: Callable[[], object]) -> None:
+        """Counts a request as done before anybody learns of it, unless its own hook raises."""
+        self._done += 1
+        try:
+            tell()
+        except BaseException:
+            self._done -= 1
+            raise
 
     def _resume_and_pause(self) -> None:
         for row in [row for row in self._paused if row.request.reader_has_followed][: self._places]:
@@ -201,15 +206,15 @@ class Scheduler:
         self._decoding.remove(row)
         self._paused.append(row)
         if row.steps is None:
-            drawn: list[int] = []
+            drawn: list[tuple[int, mx.array]] = []
             self._guard_batch(lambda: drawn.append(self._batch.leave(row)), row)
-            for token in drawn:
-                self._take(row, token)
+            for token, scores in drawn:
+                self._take(row, token, scores)
 
     def _let_in(self) -> None:
         if size := self._size_of_next():
-            request = self._waiting.popleft()
-            self._make_room(size)
+            request = next(iter(self._waiting))
+            del self._waiting[request]
             self._guard([], partial(self._open, request, size), request)
 
     @property
@@ -220,7 +225,7 @@ class Scheduler:
         """What the first in line takes, if it may come in now."""
         if not self._waiting or self._prefilling or not self._places:
             return None
-        size = self._measure(self._waiting[0])
+        size = next(iter(self._waiting.values()))
         sizes = [row.size for row in self._rows()]
         # Alone it fits, which was checked when it came.
         fits = not sizes or self._budget.predict([*sizes, size]) <= self._budget.limit_bytes
@@ -232,6 +237,7 @@ class Scheduler:
         self.prefixes.shrink(max(0, self._budget.limit_bytes - needed))
 
     def _open(self, request: Request, size: RequestSize) -> None:
+        self._make_room(size)
         checked = request.checked
         found = None
         if checked.options.max_kv_size is None:
@@ -255,7 +261,8 @@ class Scheduler:
         if row.unread_tokens or row.request.ended_early:
             return
         if row.read_tokens > row.cached_tokens and not row.size.is_alone:
-            self._keep_prefix(row.ids[: row.read_tokens], row.cache)
+            with suppress(Exception):  # at worst a later prompt takes longer
+                self._keep_prefix(row.ids[: row.read_tokens], row.cache)
         self._prefilling = None
         row.request.move_to("generating")
         self._start(row)
@@ -288,21 +295,23 @@ class Scheduler:
         assert row.steps is not None
         made.append((row, *next(row.steps)))
 
-    def _take(self, row: ActiveRow, token: int, scores: mx.array | None = None) -> None:
+    def _take(self, row: ActiveRow, token: int, scores: mx.array) -> None:
         if row.request.has_ended:  # it failed meanwhile, with its batch
             return
         row.check()
+        # The model computes NaN at once or never; a caller's processor may do so at any token.
         first = len(row.ids) == len(row.request.checked.ids)
-        if first and scores is not None and bool(mx.isnan(scores[token])):
+        if (first or row.request.logits_processors) and not mx.isfinite(scores[token]).item():
             raise ArceeError("the model computes NaN; expected finite numbers; check its weights and processors")
         row.ids.append(token)
-        self._generated_tokens += 1
         chunk = row.row.add(token)
-        if chunk.stop_reason is not None:
-            self._keep_answer(row)
-            self._remove(row)
-            self._done += 1
-        row.request.add(chunk)
+        self._generated_tokens += 1
+        if chunk.stop_reason is None:
+            row.request.add(chunk)
+            return
+        self._keep_answer(row)
+        self._remove(row)
+        self._finish(partial(row.request.add, chunk))
 
     def _keep_answer(self, row: ActiveRow) -> None:
         """Keeps the cache of a row that ended well, for prompts that go on from there."""
@@ -319,9 +328,7 @@ class Scheduler:
 
     def _remove(self, row: ActiveRow) -> None:
         """Takes a row out of all lists and its batch, whatever it takes."""
-        if row.steps is not None:
-            with suppress(Exception):
-                row.steps.close()
+        row.close()
         if row is self._prefilling:
             self._prefilling = None
         elif row in self._paused:
@@ -330,7 +337,6 @@ class Scheduler:
             self._decoding.remove(row)
             if row.steps is None:
                 self._guard_batch(partial(self._batch.leave, row))
-        row.cache = []
 
     def _guard(self, rows: list[ActiveRow], work: Callable[[], object], request: Request | None = None) -> None:
         """Does what concerns these rows, or this request, alone; what it raises ends them alone."""
@@ -349,10 +355,10 @@ class Scheduler:
         except BaseException as error:
             failed = [each for each in self._decoding if each.steps is None] + ([row] if row else [])
             self._decoding = [each for each in self._decoding if each.steps is not None]
-            self._batch = Batch(self._model)
             for each in failed:
                 self._remove(each)
                 self._fail(each.request, error)
+            self._batch = Batch(self._model)  # last: should even that fail, they know
 
     def _fail(self, request: Request, error: BaseException) -> None:
         if not request.has_ended:

@@ -21,7 +21,7 @@ from ..generate.sampling import LogitsProcessor
 from .answer_stream import AnswerStream, AsyncAnswerStream
 from .owner import Owner
 from .prefix_cache import kind_of
-from .request import OnEnd, Request, check_buffer
+from .request import OnEnd, Request, check_buffer, closed_error
 from .session_file import save_session
 from .transcript import Draft, Message, Overflow, Transcript, Turn
 
@@ -129,6 +129,8 @@ class Session:
         buffer_chunks: int = 64,
     ) -> AsyncAnswerStream:
         """The same for `async for`. What `send` raises is raised when the first chunk is asked for."""
+        if self._owner.is_stopping:  # in a forked process there is no thread that would find out
+            raise closed_error()
         given = (options, deadline_s, logits_processors, buffer_chunks)
         return AsyncAnswerStream(lambda: self._answer(lambda turns: (turns, text), *given))
 

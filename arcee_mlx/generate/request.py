@@ -53,6 +53,8 @@ def read_request(
     Raises:
         InputError, TokenizerError: see `generate`.
     """
+    if not isinstance(options, GenerateOptions | None):
+        raise InputError(f"options is of type {type(options).__name__}; expected GenerateOptions, or None")
     options = (options or GenerateOptions()).resolve(tokenizer.generation_config, config)
     options = replace(options, seed=draw_seed() if options.seed is None else options.seed)
     ids = encode_prompt(tokenizer, prompt, options, goes_on=unseen_tokens > 0)

@@ -87,7 +87,8 @@ def refuse_by_neuron(tool: str, config: ArceeConfig) -> None:
 
 def scale_neurons(mlp: MLP, scales: mx.array) -> None:
     """Multiplies down_proj's columns by `scales` (F,), all positive, and takes it back in up_proj: the same function."""
-    up, down = mlp.up_proj, mlp.down_proj
+    up: nn.Linear = mlp.up_proj
+    down: Any = mlp.down_proj  # an nn.Linear: layers by neuron were refused
     root = scales ** (1 / _DEGREES[mlp.act_fn])
     up.weight = up.weight / root[:, None]
     if "bias" in up:

@@ -49,10 +49,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"usage: {NAME} COMMAND ...\n\nmlx-lm's commands on Arcee models: {', '.join(COMMANDS)}.")
         print("COMMAND --help lists a command's options, which are mlx-lm's.")
         return 0 if arguments else 2
-    return run_reporting(lambda: _run(arguments[0], arguments[1:]))
+    return run_reporting(lambda: run_command(arguments[0], arguments[1:]))
 
 
-def _run(command: str, arguments: list[str]) -> int:
+def run_command(command: str, arguments: list[str]) -> int:
+    """Runs a command, given its own arguments, and returns 0.
+
+    Raises:
+        InputError: there is no such command, it names no model or one it cannot work on, or a package that it needs is not
+            installed.
+    """
     if command not in COMMANDS:
         raise InputError(f"command is {command!r}; expected one of {', '.join(COMMANDS)}; try {NAME} --help")
     given = {argument.split("=")[0] for argument in arguments}

@@ -7,7 +7,7 @@ their weights differ.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,18 +15,13 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint.names import strip_prefix
 from ..checkpoint.opening import OpenedModel
 from ..errors import InputError
-from ..model.decoder import DecoderLayer
-from ..model.inputs import check_ids
-from .divergence import FinalStates, Predictions, compare_predictions
-from .layers import LayerStream, WeightReader, check_finite
+from .divergence import Predictions, compare_predictions
+from .perplexity import exponentiate, standard_error
+from .text_run import Progress, TextRun, check_windows, count_part, cut_blocks, pick_targets, share_progress
 
-_SEQUENCES_TOGETHER = 4
 _TINY = 1e-30  # in place of the length of nothing
-
-Progress = Callable[[str, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +49,9 @@ class Comparison:
     Attributes:
         tokens: that were predicted: all but the first of each window.
         perplexity_reference, perplexity: of the reference and of the other.
+        perplexity_reference_error, perplexity_error: standard errors of both, see `Perplexity`.
         kl_mean, kl_p99, kl_max: KL(reference || other) of a token's prediction, in nats: mean, 99th percentile, most.
+        kl_error: standard error of the mean.
         top1_agreement: share of the tokens for which both hold the same one for the likeliest.
         hidden_error: distance of the final hidden states that predict them, relative to the reference's length.
         layers: errors of each.
@@ -69,6 +66,9 @@ class Comparison:
     top1_agreement: float | None
     hidden_error: float
     layers: Sequence[LayerError]
+    perplexity_reference_error: float | None = None
+    perplexity_error: float | None = None
+    kl_error: float | None = None
 
     def worst_layers(self, count: int = 3) -> list[LayerError]:
         """The layers that change most by themselves, the worst first."""
@@ -81,19 +81,26 @@ class Comparison:
 
 def count_bytes(reference: OpenedModel, other: OpenedModel) -> int:
     """What `compare` tells `on_progress` in all."""
-    return sum(_count(opened) for opened in (reference, other))
+    return sum(count_part(opened) for opened in (reference, other))
 
 
 def compare(
-    reference: OpenedModel, other: OpenedModel, ids: mx.array, *, on_progress: Progress | None = None
+    reference: OpenedModel,
+    other: OpenedModel,
+    ids: mx.array,
+    *,
+    scored: NDArray[np.bool_] | None = None,
+    on_progress: Progress | None = None,
 ) -> Comparison:
     """Compares a checkpoint with the one it was made from.
 
     Args:
         reference: what the other is measured by.
         other: of the same sizes, in any form and layout.
-        ids: int (N, T), windows of a text, from `read_windows`; T at least 2.
-        on_progress: told the name of each part that is done, and the bytes it has in both checkpoints.
+        ids: int (N, T), windows of a text, from `read_windows` or `cut_windows`; T at least 2.
+        scored: bool (N, T), the tokens to predict, never the first of a window; None for all others.
+        on_progress: told the name of each part that is done, and the bytes it has in both checkpoints; of a text that is
+            read in several blocks, the block's share of them.
 
     Raises:
         InputError: the models have different sizes, or the ids do not fit them.
@@ -101,50 +108,26 @@ def compare(
         ArceeError: a model gives Inf or NaN; names the layer.
     """
     _check_sizes(reference, other)
-    if ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
-        raise InputError(f"ids have shape {ids.shape}; expected (windows, tokens), 2 tokens at least; take more text")
-    check_ids(ids, 0, reference.config.vocab_size, "ids")
-    report = on_progress or (lambda part, nbytes: None)
-    expected, found = _Run(reference, ids), _Run(other, ids)
-    layers, layer_bytes = [], 0
-    for index in range(reference.config.num_hidden_layers):
-        layers.append(_compare_layer(index, expected, found))
-        done = sum(_count(opened, f"layers.{index}.") for opened in (reference, other))
-        report(f"layers.{index}", done)
-        layer_bytes += done
-    expected_end, found_end = expected.finish(), found.finish()
-    hidden_error = _RelativeError()
-    hidden_error.add(found_end.states - expected_end.states, expected_end.states)
-    predictions = None
-    if expected.stream.has_head and found.stream.has_head:
-        predictions = compare_predictions(expected_end, found_end, ids[:, 1:].reshape(-1))
-    report("lm_head", count_bytes(reference, other) - layer_bytes)
-    return _summarize(predictions, layers, hidden_error.value, ids.shape[0] * (ids.shape[1] - 1))
-
-
-class _Run:
-    """A checkpoint and the text's hidden states in it, (up to 4, T, E) each, as far as it has been run."""
-
-    def __init__(self, opened: OpenedModel, ids: mx.array) -> None:
-        entries = {key: opened.checkpoint.entries[name] for key, name in opened.names.items()}
-        self.stream = LayerStream(opened.config, WeightReader(entries, opened.config.quantization))
-        self.name = opened.checkpoint.folder.name
-        starts = range(0, ids.shape[0], _SEQUENCES_TOGETHER)
-        self.states = [self.stream.embed(ids[start : start + _SEQUENCES_TOGETHER]) for start in starts]
-        for h in self.states:
-            check_finite(h, f"{self.name}: the embedding")
-
-    def run(self, layer: DecoderLayer, index: int, h: mx.array) -> mx.array:
-        out = self.stream.run(layer, h)
-        check_finite(out, f"{self.name}: layer {index}")
-        return out
-
-    def finish(self) -> FinalStates:
-        """Normed states of all tokens that have a next one."""
-        states = mx.concatenate([self.stream.norm(h)[:, :-1].reshape(-1, h.shape[-1]) for h in self.states])
-        self.states.clear()
-        check_finite(states, f"{self.name}: the final norm")
-        return FinalStates(self.stream, states, self.name)
+    scored = check_windows(ids, scored, reference.config.vocab_size)
+    layers = range(reference.config.num_hidden_layers)
+    own, accumulated = ([_RelativeError() for _ in layers] for _ in range(2))
+    hidden = _RelativeError()
+    sizes = [sum(count_part(opened, f"layers.{index}.") for opened in (reference, other)) for index in layers]
+    rest = count_bytes(reference, other) - sum(sizes)
+    predictions = []
+    for block in cut_blocks(ids, reference.config.hidden_size):
+        report = share_progress(on_progress, block, ids.shape[0])
+        expected, found = TextRun(reference, ids[block]), TextRun(other, ids[block])
+        for index in layers:
+            _compare_layer(index, expected, found, own[index], accumulated[index])
+            report(f"layers.{index}", sizes[index])
+        ends = expected.finish(scored[block]), found.finish(scored[block])
+        hidden.add(ends[1].states - ends[0].states, ends[0].states)
+        if expected.stream.has_head and found.stream.has_head:
+            predictions.append(compare_predictions(*ends, pick_targets(ids[block], scored[block])))
+        report("lm_head", rest)
+    errors = [LayerError(index=i, own=own[i].value, accumulated=accumulated[i].value) for i in layers]
+    return _summarize(predictions, errors, hidden.value, int(scored[:, 1:].sum()))
 
 
 class _RelativeError:
@@ -164,9 +147,10 @@ class _RelativeError:
         return math.sqrt(difference / max(reference, _TINY))
 
 
-def _compare_layer(index: int, expected: _Run, found: _Run) -> LayerError:
+def _compare_layer(
+    index: int, expected: TextRun, found: TextRun, own: _RelativeError, accumulated: _RelativeError
+) -> None:
     """Runs both through a layer, whose weights are in memory one after the other."""
-    own, accumulated = _RelativeError(), _RelativeError()
     inputs = expected.states
     with expected.stream.layer(index) as layer:
         expected.states = [expected.run(layer, index, h) for h in inputs]
@@ -175,37 +159,34 @@ def _compare_layer(index: int, expected: _Run, found: _Run) -> LayerError:
             own.add(found.run(layer, index, x) - y, y - x)
             found.states[i] = found.run(layer, index, found.states[i])
             accumulated.add(found.states[i] - y, y)
-    return LayerError(index=index, own=own.value, accumulated=accumulated.value)
 
 
 def _summarize(
-    predictions: Predictions | None, layers: Sequence[LayerError], hidden_error: float, tokens: int
+    predictions: Sequence[Predictions], layers: Sequence[LayerError], hidden_error: float, tokens: int
 ) -> Comparison:
-    if predictions is None:
+    if not predictions:
         nothing = dict.fromkeys(("perplexity_reference", "perplexity", "kl_mean", "kl_p99", "kl_max", "top1_agreement"))
         return Comparison(tokens=tokens, hidden_error=hidden_error, layers=layers, **nothing)
-    divergence = predictions.divergence
+    divergence, reference_loss, loss, agrees = (
+        np.concatenate([getattr(part, name) for part in predictions])
+        for name in ("divergence", "reference_loss", "loss", "agrees")
+    )
+    perplexity_reference, perplexity_reference_error = exponentiate(reference_loss)
+    perplexity, perplexity_error = exponentiate(loss)
     return Comparison(
         tokens=tokens,
-        perplexity_reference=_perplexity(predictions.reference_loss),
-        perplexity=_perplexity(predictions.loss),
+        perplexity_reference=perplexity_reference,
+        perplexity_reference_error=perplexity_reference_error,
+        perplexity=perplexity,
+        perplexity_error=perplexity_error,
         kl_mean=float(divergence.mean()),
+        kl_error=standard_error(divergence),
         kl_p99=float(np.quantile(divergence, 0.99)),
         kl_max=float(divergence.max()),
-        top1_agreement=float(predictions.agrees.mean()),
+        top1_agreement=float(agrees.mean()),
         hidden_error=hidden_error,
         layers=layers,
     )
-
-
-def _perplexity(losses: NDArray[Any]) -> float:
-    return math.exp(min(float(losses.mean()), 700.0))  # more is no float any longer, and no use
-
-
-def _count(opened: OpenedModel, part: str = "") -> int:
-    """Bytes of the tensors whose path begins so; of all."""
-    names = opened.names.items()
-    return sum(opened.checkpoint.entries[name].nbytes for key, name in names if strip_prefix(key).startswith(part))
 
 
 def _check_sizes(reference: OpenedModel, other: OpenedModel) -> None:

@@ -25,7 +25,7 @@ from ..model.decoder import DecoderLayer
 from ..model.masks import Mask
 from ..model.rope import RotaryEmbedding, Rotation
 
-_ROWS_TOGETHER = 4  # sequences run at once
+_ROWS_TOGETHER, _TOKENS_TOGETHER = 4, 2048  # sequences run at once, fewer where they are long
 
 
 class WeightReader:
@@ -134,8 +134,9 @@ class LayerStream:
         """Runs a layer on (N, T, E), a few sequences at a time."""
         rotation = self.rotation(h.shape[1])
         parts = []
-        for start in range(0, h.shape[0], _ROWS_TOGETHER):
-            parts.append(layer(h[start : start + _ROWS_TOGETHER], rotation, CAUSAL, None)[0])
+        rows = max(1, min(_ROWS_TOGETHER, _TOKENS_TOGETHER // h.shape[1]))
+        for start in range(0, h.shape[0], rows):
+            parts.append(layer(h[start : start + rows], rotation, CAUSAL, None)[0])
             mx.eval(parts[-1])
         return mx.concatenate(parts)
 

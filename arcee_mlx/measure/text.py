@@ -1,11 +1,14 @@
-"""A text becomes windows of tokens, which a model reads one by one from position 0."""
+"""A text becomes windows of tokens, side by side or overlapping, which a model reads one by one from position 0."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
 
 from ..checkpoint.tokenizer import Tokenizer
 from ..errors import CheckpointError, InputError
@@ -75,3 +78,84 @@ def read_windows(
     if max_windows is not None and max_windows < count:
         windows = windows[mx.array([i * count // max_windows for i in range(max_windows)])]
     return windows
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A text in windows that overlap, so that each of its tokens is predicted once, with others before it.
+
+    Attributes:
+        ids: int32 (N, T).
+        scored: bool (N, T), the tokens to predict; the others are there to predict them with.
+        text_bytes: of the text that the tokens to predict stand for, in UTF-8.
+    """
+
+    ids: mx.array
+    scored: NDArray[np.bool_]
+    text_bytes: int
+
+    @property
+    def tokens(self) -> int:
+        """How many are predicted."""
+        return int(self.scored.sum())
+
+
+def cut_windows(
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    window_tokens: int,
+    stride: int | None = None,
+    max_windows: int | None = None,
+    vocab_size: int,
+) -> Windows:
+    """Cuts a text into windows of equal length that predict each of its tokens once.
+
+    A window begins with what the tokenizer puts in front of every text, and ends `stride` tokens after the one before;
+    these it predicts, the first window all of its own. The last window ends with the text. Only the first token of a text
+    with nothing in front is never predicted.
+
+    Args:
+        tokenizer: of the model.
+        text: to be read as a whole.
+        window_tokens: of one window, at least 2; of a text that is shorter there is one window of its own length.
+        stride: tokens that a window predicts; None for as many as it can. Fewer have more before them, and take longer.
+        max_windows: at most so many, spread evenly over the text; None for all.
+        vocab_size: of the model, which ids must be in.
+
+    Raises:
+        InputError: the text has fewer than 16 tokens, the tokenizer is another model's, or a number is out of range.
+    """
+    stride = window_tokens - 1 if stride is None else stride
+    if window_tokens < 2 or not 1 <= stride < window_tokens or (max_windows is not None and max_windows < 1):
+        raise InputError(
+            f"sequence length {window_tokens}, stride {stride} and {'all' if max_windows is None else max_windows} windows; expected at least 2, 1 to "
+            f"{window_tokens - 1}, and at least 1; choose others"
+        )
+    encoding = tokenizer.encode_with_offsets(text, add_special_tokens=False)
+    count = len(encoding.ids)
+    if count < LEAST_TOKENS:
+        raise InputError(
+            f"the text has {count} tokens; expected at least {LEAST_TOKENS}, better thousands; name a longer one"
+        )
+    ids = np.array(encoding.ids, dtype=np.int32)
+    check_ids(mx.array(ids), 0, vocab_size, "the tokenized text")
+    first = _tokens_in_front(tokenizer)
+    length = min(window_tokens - len(first), count)
+    ends = [*range(length, count, stride), count]
+    begins = [1 - len(first), *ends[:-1]]  # of what is predicted
+    spans = list(zip(begins, ends, strict=True))
+    if max_windows is not None and max_windows < len(spans):
+        spans = [spans[i * len(spans) // max_windows] for i in range(max_windows)]
+    rows = np.stack([np.concatenate([first, ids[end - length : end]]) for _, end in spans]).astype(np.int32)
+    places = np.arange(rows.shape[1])
+    scored = np.stack([places >= rows.shape[1] - (end - begin) for begin, end in spans])
+    starts = [0, *(start for start, _ in encoding.offsets[1:]), len(text)]
+    nbytes = sum(len(text[starts[begin] : starts[end]].encode()) for begin, end in spans)
+    return Windows(mx.array(rows), scored, nbytes)
+
+
+def _tokens_in_front(tokenizer: Tokenizer) -> list[int]:
+    """What the tokenizer puts in front of every text."""
+    encoding = tokenizer.encode_with_offsets("a")
+    return list(encoding.ids[: encoding.special_tokens_mask.index(0)])

@@ -26,6 +26,7 @@ from arcee_mlx.bench.convert import (
 from arcee_mlx.bench.convert_process import convert_in_process
 from arcee_mlx.checkpoint.files import open_checkpoint
 from arcee_mlx.cli import main
+from arcee_mlx.model.config import read_config
 
 from conftest import TEXT
 
@@ -133,6 +134,8 @@ def test_a_conversion_that_fails_says_why_and_leaves_nothing(tmp_path: Path) -> 
         measure_shape(tmp_path, 1, runs=1, config=TINY | {"hidden_act": "silu!"})
     with pytest.raises(ArceeError, match="calibrate"):
         convert_in_process("mlx_lm", tmp_path / "source", tmp_path / "out", calibrate=True)
+    with pytest.raises(ArceeError, match="layout came with mlx_lm"):
+        convert_in_process("mlx_lm", tmp_path / "source", tmp_path / "out", layout="by_neuron")
 
 
 @pytest.mark.parametrize(
@@ -143,7 +146,8 @@ def test_a_conversion_that_fails_says_why_and_leaves_nothing(tmp_path: Path) -> 
         (("--work", "/nonexistent/folder"), "--work"),
         (("--model", "x"), "--model and --text"),
         (("--text", "x"), "--model and --text"),
-        (("--calibrate",), "--calibrate or --recipe came without --model"),
+        (("--calibrate",), "--calibrate, --recipe or --layout came without --model"),
+        (("--layout", "by_neuron"), "--calibrate, --recipe or --layout came without --model"),
         (("--model", "x", "--text", "y", "--layers", "2"), "came with --model"),
     ],
 )
@@ -153,6 +157,18 @@ def test_options_that_make_no_sense_are_refused(
     assert main(["bench", "convert", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and what in error and len(error.splitlines()) == 1
+
+
+def test_the_layout_is_the_one_asked_for_else_the_recipes_else_standard(
+    measured: tuple[Path, ShapeResult], tmp_path: Path
+) -> None:
+    source = measured[0] / "source"
+    cases: dict[str, tuple[str | None, str | None]] = {
+        "standard": (None, "8bit"), "by_neuron": ("by_neuron", None), "by_neuron too": (None, "4bit_down8"),
+    }  # fmt: skip
+    for name, (layout, recipe) in cases.items():
+        convert_in_process("arcee_mlx", source, tmp_path / name, layout=layout, recipe=recipe)
+        assert read_config(tmp_path / name).down_proj_layout == name.split()[0]
 
 
 def test_quality_end_to_end(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,4 +183,5 @@ def test_quality_end_to_end(checkpoint: Path, tmp_path: Path, capsys: pytest.Cap
     assert list(work.iterdir()) == []
     values = json.loads(numbers.read_text())
     assert values["arcee_mlx"] == values["mlx_lm"] and values["arcee_mlx"]["kl_mean"] > 1e-4
+    assert values["arcee_mlx"]["layout"] == "standard"
     assert values["machine"].keys() >= {"date", "platform", "device", "mlx", "mlx_lm"} and values["kl_ratio"] == 1

@@ -39,6 +39,7 @@ from arcee_mlx.checkpoint.opening import open_model
 from arcee_mlx.cli import main
 from arcee_mlx.measure.decode_bytes import StepBytes, count_decode_bytes
 from arcee_mlx.measure.sparsity import measure_sparsity
+from arcee_mlx.model.relu2 import down
 from arcee_mlx.model.relu2.down import VARIABLE
 
 TINY = AFM_CONFIG | {
@@ -260,6 +261,7 @@ def test_the_shape_end_to_end(
 ) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(decode_command, "AFM_CONFIG", TINY)
+    monkeypatch.setattr(down, "GATHER_WEIGHTS", 0)
     numbers, picture = tmp_path / "numbers.json", tmp_path / "ratios.png"
     arguments = ("--layers", "2", "--zeros", "0.5", "0.9", "--runs", "1", "--tokens", "2", "--prefill", "5")
     assert main(["bench", "decode", *arguments, "--json", str(numbers), "--picture", str(picture)]) == 0

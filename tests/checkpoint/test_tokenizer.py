@@ -286,3 +286,14 @@ def test_a_base_model_has_no_chat_template(chars):
     assert isinstance(chars, Tokenizer) and not chars.has_chat_template and chars.chat_template is None
     with pytest.raises(TokenizerError, match="no chat template"):
         chars.apply_chat_template([{"role": "user", "content": "hi"}])
+
+
+def test_offsets_are_of_the_same_ids_and_cover_the_text(chars):
+    text = "Grüße <s> 🙂"
+    for add_special_tokens in (True, False):
+        found = chars.encode_with_offsets(text, add_special_tokens=add_special_tokens)
+        assert list(found.ids) == chars.encode(text, add_special_tokens=add_special_tokens)
+        own = [
+            span for span, is_special in zip(found.offsets, found.special_tokens_mask, strict=True) if not is_special
+        ]
+        assert own == sorted(own) and {i for span in own for i in range(*span)} == set(range(len(text)))

@@ -1,16 +1,19 @@
 """What the tests of `convert` share: checkpoints as transformers saves them, and what MLX makes of them in memory."""
 
 import json
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from arcee_mlx import ArceeConfig, ArceeForCausalLM, load_model
+from arcee_mlx import ArceeConfig, ArceeForCausalLM, load_model, store_by_neuron
+from arcee_mlx.conversion.recipe_file import read_recipe
 from arcee_mlx.conversion.recipes import Recipe
 
 DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 FLOAT = Recipe(quantization=None)
+STANDARD = Recipe(layout="standard")  # 4 bits, as mlx_lm.convert stores them
 IDS = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
 SHAPE = {
     "vocab_size": 133,
@@ -73,10 +76,17 @@ def assert_nothing_left(folder):
     assert not list(folder.glob("out*")) and not list(folder.glob(".*"))
 
 
-def quantized_by_mlx(source, quantization, dtype=mx.bfloat16):
+def in_standard_layout(name):
+    """A recipe of the package, for where bits or keys are compared with those of mlx-lm."""
+    return replace(read_recipe(name), layout="standard")
+
+
+def quantized_by_mlx(source, quantization, dtype=mx.bfloat16, *, layout="standard"):
     """What mlx-lm does: cast the whole model, then nn.quantize."""
     model = load_model(source, dtype="auto")
     model.set_dtype(dtype)
+    if layout == "by_neuron":
+        store_by_neuron(model)
     g, b = quantization.group_size, quantization.bits
     nn.quantize(model, g, b, class_predicate=lambda _, m: hasattr(m, "to_quantized") and m.weight.shape[-1] % g == 0)
     return model

@@ -37,9 +37,9 @@ from arcee_mlx.errors import ArceeError
 
 TEXT = "text.txt"  # of FOLDER
 CASES: dict[str, dict[str, Any]] = {
-    "4bit": {},
+    "4bit": {"recipe": Recipe(layout="standard")},
     "by_neuron": {"recipe": Recipe(layout="by_neuron", quantization=Quantization(bits=8, group_size=32))},
-    "folded": {"recipe": Recipe(dtype="float16")},
+    "folded": {"recipe": Recipe(dtype="float16", layout="standard")},
     "calibrated": {"calibrate": TEXT, "verify": TEXT, "num_samples": 5, "sequence_length": 16},
 }
 _TRACED = (str(Path(run.__file__).parent) + os.sep, files.__file__)

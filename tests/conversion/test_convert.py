@@ -16,12 +16,14 @@ from arcee_mlx.checkpoint import files
 from arcee_mlx.conversion import quantize, run
 from arcee_mlx.conversion.recipes import Quantization, Recipe
 from arcee_mlx.conversion.run import convert
+from arcee_mlx.model.config import LAYOUTS
 
 from conversion_data import (
     DTYPES,
     FLOAT,
     IDS,
     SHAPE,
+    STANDARD,
     assert_same_bits,
     quantized_by_mlx,
     random_weights,
@@ -36,22 +38,22 @@ def small_slices(monkeypatch):
     monkeypatch.setattr(quantize, "SLICE_BYTES", 12_000)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-def test_slices_give_the_bits_that_whole_tensors_give(tmp_path, bits, group_size):
+def test_slices_give_the_bits_that_whole_tensors_give(tmp_path, bits, group_size, layout):
     quantization = Quantization(bits=bits, group_size=group_size)
     source = write_source(tmp_path / "in")
-    convert(source, tmp_path / "out", Recipe(quantization=quantization))
-    assert_same_bits(
-        read_weights(tmp_path / "out"), dict(tree_flatten(quantized_by_mlx(source, quantization).parameters()))
-    )
+    convert(source, tmp_path / "out", Recipe(quantization=quantization, layout=layout))
+    expected = quantized_by_mlx(source, quantization, layout=layout)
+    assert_same_bits(read_weights(tmp_path / "out"), dict(tree_flatten(expected.parameters())))
 
 
 @pytest.mark.parametrize("stored", ["F32", "F16", "BF16"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_every_dtype_is_cast_before_it_is_quantized_as_in_mlx_lm(tmp_path, stored, dtype):
     source = write_source(tmp_path / "in", dtype=stored)
-    convert(source, tmp_path / "out", Recipe(dtype=dtype))
+    convert(source, tmp_path / "out", Recipe(dtype=dtype, layout="standard"))
     expected = quantized_by_mlx(source, Quantization(), getattr(mx, dtype))
     assert_same_bits(read_weights(tmp_path / "out"), dict(tree_flatten(expected.parameters())))
     assert load_model(tmp_path / "out").config.dtype == dtype
@@ -60,7 +62,7 @@ def test_every_dtype_is_cast_before_it_is_quantized_as_in_mlx_lm(tmp_path, store
 def test_logits_are_those_of_the_model_quantized_in_memory(tmp_path):
     source = write_source(tmp_path / "in", dtype="F32")
     convert(source, tmp_path / "out")
-    expected = quantized_by_mlx(source, Quantization(), mx.float32)
+    expected = quantized_by_mlx(source, Quantization(), mx.float32, layout="by_neuron")
     np.testing.assert_allclose(load_model(tmp_path / "out")(IDS), expected(IDS), atol=2e-5)
     assert not mx.allclose(expected(IDS), load_model(source)(IDS), atol=1e-3)  # quantizing does change something
 
@@ -80,7 +82,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("recipe", [FLOAT, Recipe()], ids=["float", "4bit"])
+@pytest.mark.parametrize("recipe", [FLOAT, Recipe(), STANDARD], ids=["float", "4bit", "4bit_standard"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_form_of_source_converts_to_the_same_model(tmp_path, variant, recipe):
     options = dict(VARIANTS[variant])
@@ -91,7 +93,8 @@ def test_every_form_of_source_converts_to_the_same_model(tmp_path, variant, reci
     convert(source, tmp_path / "out", recipe)
     expected = load_model(source)
     if recipe.quantization is not None:
-        expected = quantized_by_mlx(source, recipe.quantization, DTYPES[options.get("dtype", "BF16")])
+        dtype = DTYPES[options.get("dtype", "BF16")]
+        expected = quantized_by_mlx(source, recipe.quantization, dtype, layout=recipe.choose_layout("relu2"))
         expected.set_dtype(mx.float32)
     np.testing.assert_allclose(load_model(tmp_path / "out")(IDS), expected(IDS), atol=2e-5)
 
@@ -125,7 +128,7 @@ def test_a_base_checkpoint_stays_one(tmp_path, prefix):
     convert(source, tmp_path / "out")
     converted = load_model(tmp_path / "out")
     assert isinstance(converted, ArceeModel)
-    expected = quantized_by_mlx(source, Quantization())
+    expected = quantized_by_mlx(source, Quantization(), layout="by_neuron")
     assert_same_bits(dict(tree_flatten(load_model(tmp_path / "out", dtype=mx.float32).parameters())), {
         key: value.astype(mx.float32) if value.dtype == mx.bfloat16 else value
         for key, value in tree_flatten(expected.parameters())
@@ -140,7 +143,8 @@ def test_stale_rotary_tables_are_dropped(tmp_path):
 
 def test_config_keeps_its_keys_and_gains_what_mlx_lm_writes(tmp_path):
     source = write_source(tmp_path / "in", some_key_of_the_maker={"a": [1]}, transformers_version="4.53.2")
-    convert(source, tmp_path / "out", Recipe(quantization=Quantization(bits=8, group_size=32), dtype="float16"))
+    recipe = Recipe(quantization=Quantization(bits=8, group_size=32), dtype="float16", layout="standard")
+    convert(source, tmp_path / "out", recipe)
     before = json.loads((source / "config.json").read_text())
     after = json.loads((tmp_path / "out/config.json").read_text())
     table = {"group_size": 32, "bits": 8, "mode": "affine"}
@@ -157,7 +161,7 @@ def test_shards_are_split_between_layers_and_listed_in_the_index(tmp_path, monke
     plan_shards = files.plan_shards
     monkeypatch.setattr(run, "plan_shards", lambda sizes: plan_shards(sizes, 60_000))
     source = write_source(tmp_path / "in")
-    convert(source, tmp_path / "out")
+    convert(source, tmp_path / "out", STANDARD)
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2
     for name, file in index["weight_map"].items():
@@ -265,7 +269,7 @@ def test_a_card_that_cannot_be_read_does_not_stop_a_conversion(tmp_path, text):
 
 
 def test_layers_that_stay_floats_are_named_in_the_result(tmp_path):
-    conversion = convert(write_source(tmp_path / "in", intermediate_size=200), tmp_path / "out")
+    conversion = convert(write_source(tmp_path / "in", intermediate_size=200), tmp_path / "out", STANDARD)
     assert conversion.float_layers == ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
     assert conversion.weights == sum(e.nbytes // 2 for e in files.open_checkpoint(tmp_path / "in").entries.values())
     assert conversion.bytes == sum(w.nbytes for w in read_weights(tmp_path / "out").values())

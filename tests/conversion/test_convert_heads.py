@@ -20,6 +20,7 @@ from arcee_mlx.conversion import run
 from arcee_mlx.conversion.prepare import plan_conversion
 from arcee_mlx.conversion.recipes import Quantization, Recipe, Rule
 from arcee_mlx.conversion.run import convert
+from arcee_mlx.model.relu2.down import DownByNeuron
 
 from conftest import TEXT, write_tokenizer
 from conversion_data import IDS, SHAPE, random_weights, read_weights, write_source
@@ -68,7 +69,7 @@ def test_rules_written_for_a_causal_model_hold_for_its_decoder(tmp_path, cls):
     ]
     convert(source(tmp_path / "in", cls), tmp_path / "out", Recipe(quantization=FOUR_BITS.quantization, rules=rules))
     decoder = load_model(tmp_path / "out").base_model
-    assert type(decoder.layers[0].mlp.down_proj) is nn.Linear and decoder.embed_tokens.bits == 8
+    assert type(decoder.layers[0].mlp.down_proj) is DownByNeuron and decoder.embed_tokens.bits == 8
     assert [layer.mlp.up_proj.bits for layer in decoder.layers] == [4, 6]
 
 

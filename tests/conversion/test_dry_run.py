@@ -13,7 +13,7 @@ from arcee_mlx.conversion.recipe_file import read_recipe, recipe_from_dict
 from arcee_mlx.conversion.recipes import Recipe, Rule
 from arcee_mlx.conversion.run import convert
 
-from conversion_data import write_source
+from conversion_data import in_standard_layout, write_source
 
 
 def dry_run_command(*arguments):
@@ -22,7 +22,7 @@ def dry_run_command(*arguments):
 
 def test_every_tensor_has_a_line_with_shape_form_and_size_and_the_totals_are_the_conversions(tmp_path):
     source = write_source(tmp_path / "in", num_hidden_layers=11)
-    recipe = read_recipe("mixed_3_6")
+    recipe = in_standard_layout("mixed_3_6")
     planned = plan_conversion(source, tmp_path / "out", recipe)
     lines = describe_plan(planned).splitlines()
     rows = {line.split()[0]: line for line in lines[1 : lines.index("")]}
@@ -54,7 +54,7 @@ def test_folding_joins_runs_of_equal_layers_and_keeps_the_sum(tmp_path):
 
 def test_notes_name_idle_rules_and_layers_that_stay_floats_against_the_recipe(tmp_path):
     source = write_source(tmp_path / "in", intermediate_size=200)
-    recipe = Recipe(rules=[Rule(tensors=["*.gate_proj"], quantization=None)])
+    recipe = Recipe(rules=[Rule(tensors=["*.gate_proj"], quantization=None)], layout="standard")
     text = describe_plan(plan_conversion(source, tmp_path / "out", recipe))
     assert "note    rules[0]: '*.gate_proj' matches no layer of this model" in text
     assert "note    rows of model.layers.0.mlp.down_proj and 1 more do not divide into groups" in text
@@ -77,6 +77,25 @@ def test_the_command_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     assert sum(tensor["bytes"] for tensor in values["tensors"]) == values["bytes"] == planned.conversion.bytes
     assert values["quantization"]["model.layers.0.mlp.down_proj"]["bits"] == 8
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize(
+    ("options", "activation", "layout"),
+    [
+        ([], "relu2", "by_neuron"),
+        (["--layout", "standard"], "relu2", "standard"),
+        (["--no-quantize"], "relu2", "standard"),
+        ([], "silu", "standard"),
+    ],
+)
+def test_the_layout_that_was_chosen_is_said(tmp_path, capsys, options, activation, layout):
+    source = write_source(tmp_path / "in", hidden_act=activation)
+    arguments = ["--hf-path", source, "--mlx-path", tmp_path / "out", *options]
+    assert dry_run_command(*arguments) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if ".mlp.down_proj." in line]
+    assert len(rows) == 2 and all(("by neuron" in row) == (layout == "by_neuron") for row in rows)
+    assert dry_run_command(*arguments, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["layout"] == layout
 
 
 def test_a_disk_that_is_too_small_is_said_after_the_plan(tmp_path, capsys, monkeypatch):

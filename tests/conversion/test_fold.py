@@ -126,7 +126,7 @@ def test_quantized_codes_are_the_same_and_scales_take_the_factors(tmp_path, monk
 def test_a_quantized_model_stays_finite_in_float16(tmp_path, monkeypatch):
     """MLX's CPU backend refuses half-precision quantized products: the model is dequantized into float16 layers."""
     source = write_far_source(tmp_path / "in", 500.0)
-    recipe = Recipe(quantization=Quantization(bits=8, group_size=32), dtype="float16")
+    recipe = Recipe(quantization=Quantization(bits=8, group_size=32), dtype="float16", layout="standard")
     convert(source, tmp_path / "out", recipe)
     naive = convert_naively(monkeypatch, source, tmp_path / "naive", recipe)
     assert not mx.isfinite(dequantized_logits(naive, source)).all().item()

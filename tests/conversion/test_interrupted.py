@@ -240,7 +240,7 @@ def test_work_on_another_source_is_refused_and_force_starts_over(tmp_path, sourc
     [
         {"recipe": Recipe(quantization=Quantization(bits=8))},
         {"recipe": Recipe(dtype="float32")},
-        {"recipe": Recipe(layout="by_neuron")},
+        {"recipe": Recipe(layout="standard")},
         {"allow_nonfinite": True},
     ],
     ids=["bits", "dtype", "layout", "allow_nonfinite"],
@@ -254,7 +254,8 @@ def test_work_with_other_options_is_refused_and_force_starts_over(tmp_path, sour
 
 
 def test_a_recipe_that_says_the_same_in_other_words_goes_on(tmp_path, source, half_done):
-    recipe = Recipe(quantization=Quantization(bits=4, group_size=64), name="mine", dtype="bfloat16")
+    form = Quantization(bits=4, group_size=64)
+    recipe = Recipe(quantization=form, name="mine", dtype="bfloat16", layout="by_neuron")
     assert convert_names(source, tmp_path / "out", recipe) < convert_names(source, tmp_path / "again", recipe)
 
 

@@ -28,9 +28,20 @@ from arcee_mlx.conversion.recipes import Recipe, Rule
 from arcee_mlx.conversion.run import convert
 from arcee_mlx.upstream import mlx_lm_module
 
-from conversion_data import FLOAT, IDS, SHAPE, assert_same_bits, random_weights, read_weights, write_source
+from conversion_data import (
+    FLOAT,
+    IDS,
+    SHAPE,
+    STANDARD,
+    assert_same_bits,
+    in_standard_layout,
+    random_weights,
+    read_weights,
+    write_source,
+)
 
 MIXED = Recipe(
+    layout="standard",
     quantization=Quantization(bits=3),
     rules=[
         Rule(tensors=["*.v_proj"], quantization=None),
@@ -44,7 +55,8 @@ def make_plan(folder, recipe, dtype="bfloat16"):
     opened = open_model(folder)
     sources = {key: opened.checkpoint.entries[name] for key, name in opened.names.items()}
     layers = {path for path, module in opened.model.named_modules() if hasattr(module, "to_quantized")}
-    return plan_tensors(sources, layers, recipe, dtype=dtype, num_layers=opened.config.num_hidden_layers)
+    layout = recipe.choose_layout(opened.config.hidden_act)
+    return plan_tensors(sources, layers, recipe, dtype=dtype, layout=layout, num_layers=opened.config.num_hidden_layers)
 
 
 def quantized_in_memory(source, recipe, num_layers=2):
@@ -67,7 +79,9 @@ def source(tmp_path_factory):
 RECIPES = ["2bit", "3bit", "5bit", "6bit", "8bit", "mxfp4", "nvfp4", "mxfp8", "mixed_3_6", "arcee_3_4", "arcee_4_5"]
 
 
-@pytest.mark.parametrize("recipe", [MIXED, *map(read_recipe, RECIPES)], ids=lambda recipe: recipe.name or "mixed")
+@pytest.mark.parametrize(
+    "recipe", [MIXED, *map(in_standard_layout, RECIPES)], ids=lambda recipe: recipe.name or "mixed"
+)
 def test_a_conversion_has_the_bits_of_nn_quantize_and_loads_as_the_same_model(tmp_path, source, recipe):
     convert(source, tmp_path / "out", recipe)
     expected = quantized_in_memory(source, recipe)
@@ -118,7 +132,7 @@ def test_a_conversion_in_which_nothing_is_quantized_has_no_table(tmp_path):
 
 def test_what_mlx_lms_own_mixed_conversion_writes_loads_here(tmp_path, source):
     # Its command without --q-group-size puts "group_size": null into every entry.
-    recipe = read_recipe("mixed_3_6")
+    recipe = in_standard_layout("mixed_3_6")
     convert(source, tmp_path / "out", recipe)
     config = json.loads((tmp_path / "out/config.json").read_text())
     entries = {t.layer: asdict(t.quantization) | {"group_size": None} for t in make_plan(source, recipe) if t.layer}
@@ -158,7 +172,7 @@ def test_down_projections_by_neuron_are_planned_transposed(tmp_path, form):
         assert list(down.outputs) == [f"{path}.{name}" for name in names]
         assert plan[f"{path}.bias"].outputs == {f"{path}.bias": ("BF16", (128,))}
         assert f"{path}.weight" not in plan
-    standard = {tensor.name: tensor for tensor in make_plan(source, Recipe(quantization=form))}
+    standard = {tensor.name: tensor for tensor in make_plan(source, Recipe(quantization=form, layout="standard"))}
     others = {name for name in plan if "weight_by_neuron" not in name}
     assert {name: plan[name] for name in others} == {name: standard[name] for name in others}
     assert not any(tensor.by_neuron for tensor in standard.values())
@@ -211,9 +225,10 @@ def test_bytes_and_weights_are_those_of_the_result(tmp_path, source, dtype):
 
 def test_forms_are_told_in_words_the_largest_first(source):
     assert describe_form(make_plan(source, FLOAT)) == "bfloat16"
-    assert describe_form(make_plan(source, Recipe())) == "4 bits in groups of 64, bfloat16"
+    assert describe_form(make_plan(source, STANDARD)) == "4 bits in groups of 64, bfloat16"
+    assert describe_form(make_plan(source, Recipe())) == "4 bits in groups of 64, bfloat16, down projections by neuron"
     assert describe_form(make_plan(source, read_recipe("4bit_down8"))) == (
-        "4 bits in groups of 64 and 8 bits in groups of 64, by neuron, bfloat16"
+        "4 bits in groups of 64 and 8 bits in groups of 64, bfloat16, down projections by neuron"
     )
 
 

@@ -189,6 +189,31 @@ def test_the_recipe_that_the_readme_shows_is_one(tmp_path):
     assert all(f"`{name}`" in readme for name in list_recipes())
 
 
+def test_null_is_the_default_of_dtype_and_layout(tmp_path):
+    text = "quantization: {bits: 4}\nname: mine\n"
+    assert read_recipe(write(tmp_path, text + "dtype: null\nlayout: null\n")) == read_recipe(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "hidden_act", "layout"),
+    [
+        (Recipe(), "relu2", "by_neuron"),
+        (Recipe(), "silu", "standard"),  # no zeros to leave out
+        (Recipe(quantization=None), "relu2", "standard"),  # what transformers reads, too
+        (
+            Recipe(quantization=None, rules=[Rule(tensors=["lm_head"], quantization=Quantization())]),
+            "relu2",
+            "by_neuron",
+        ),
+        (Recipe(layout="standard"), "relu2", "standard"),
+        (Recipe(layout="by_neuron"), "silu", "by_neuron"),
+        (Recipe(layout="by_neuron", quantization=None), "relu2", "by_neuron"),
+    ],
+)
+def test_the_layout_is_the_one_asked_for_or_by_neuron_where_that_can_pay(recipe, hidden_act, layout):
+    assert recipe.choose_layout(hidden_act) == layout
+
+
 def test_the_first_rule_that_matches_decides():
     high, low = Quantization(bits=8), Quantization(bits=2)
     recipe = Recipe(rules=[
@@ -230,7 +255,7 @@ BAD_FILES = {
     "dtype": ("quantization: null\ndtype: int8", "dtype is 'int8'; expected float32, float16 or bfloat16"),
     "dtype of a list": ("quantization: null\ndtype: [float16]", "dtype is ['float16']"),
     "layout": ("quantization: null\nlayout: sideways", "layout is 'sideways'; expected standard or by_neuron"),
-    "layout null": ("quantization: null\nlayout: null", "layout is None"),
+    "layout of a number": ("quantization: null\nlayout: 2", "layout is 2; expected standard or by_neuron"),
     "name": ("quantization: null\nname: 4", "name is 4; expected a text"),
     "description": ("quantization: null\ndescription: [x]", "description is ['x']; expected a text"),
     "rules of keys": ("quantization: null\nrules: {}", "rules is {}; expected a list"),

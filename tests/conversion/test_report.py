@@ -19,7 +19,7 @@ from arcee_mlx.conversion.report import summarize, write_report
 from arcee_mlx.conversion.texts import Sample
 from arcee_mlx.measure.evaluate import Comparison, LayerError
 
-from conversion_data import FLOAT, write_source
+from conversion_data import FLOAT, STANDARD, write_source
 
 MIXED = Recipe(
     quantization=Quantization(bits=3, group_size=32),
@@ -31,6 +31,7 @@ MIXED = Recipe(
     layout="by_neuron",
     description="mine: all of it",
 )
+DOWN = "model.layers.1.mlp.down_proj.weight_by_neuron"
 SAMPLE = Sample("held_out.txt", "ab" * 32, mx.zeros((4, 256), mx.int32))
 COMPARISON = Comparison(
     tokens=1020, perplexity_reference=52.96, perplexity=53.1234, kl_mean=2.4e-4, kl_p99=1.9e-3, kl_max=0.01,
@@ -48,7 +49,7 @@ def planned(tmp_path):
 def conversion(planned):
     """A conversion that has run and was checked, but not compared."""
     errors = {tensor.name: 0.09 if tensor.quantization else 0.0 for tensor in planned.tensors}
-    errors["model.layers.1.mlp.down_proj.weight"] = 0.1234
+    errors[DOWN] = 0.1234
     return replace(planned.conversion, errors=errors, seconds=12.34)
 
 
@@ -67,16 +68,17 @@ def test_the_report_holds_what_is_known_as_json(tmp_path, planned, compared):
     write_report(tmp_path, replace(compared, revision="0123abc", calibration=SAMPLE), planned.tensors,
                  source_files={"a.safetensors": "12"}, result_files={"model.safetensors": "34"})  # fmt: skip
     values = json.loads((tmp_path / "conversion.json").read_text(), parse_constant=lambda name: pytest.fail(name))
-    assert values["source"] == "original" and values["revision"] == "0123abc"
+    assert values["source"] == "original" and values["revision"] == "0123abc" and values["layout"] == "by_neuron"
     assert values["source_files"] == {"a.safetensors": "12"} and values["result_files"] == {"model.safetensors": "34"}
     assert values["recipe"]["quantization"] == {"bits": 4, "group_size": 64, "mode": "affine"}
     assert values["comparison"] == COMPARISON.to_dict() | {"layers": [vars(layer) for layer in COMPARISON.layers]}
     text = {"text": "held_out.txt", "sha256": "ab" * 32, "sequences": 4, "tokens_each": 256}
     assert values["verification"] == values["calibration"] == text
-    assert values["errors"]["model.layers.1.mlp.down_proj.weight"] == 0.1234
+    assert values["errors"][DOWN] == 0.1234
     assert values["seconds"] == 12.34 and values["peak_memory_bytes"] > 1e6
     assert values["versions"].keys() == {"arcee_mlx", "mlx", "numpy", "python"}
-    assert {form["form"] for form in values["forms"]} == {"4 bits in groups of 64", "bfloat16"}
+    four_bits = "4 bits in groups of 64"
+    assert {form["form"] for form in values["forms"]} == {four_bits, f"{four_bits}, by neuron", "bfloat16"}
     assert sum(form["bytes"] for form in values["forms"]) == compared.bytes == values["bytes"]
     assert sum(form["weights"] for form in values["forms"]) == compared.weights
 
@@ -166,9 +168,12 @@ def test_names_that_a_shell_would_take_apart_are_quoted(tmp_path, planned, conve
 
 
 def test_the_card_says_for_whom_the_layout_is(tmp_path, planned, conversion):
-    assert "mlx-lm reads it" in read_card(tmp_path / "small", conversion, planned.folder)
-    by_neuron = replace(conversion, recipe=Recipe(layout="by_neuron"))
-    assert "mlx-lm does not read" in read_card(tmp_path / "small", by_neuron, planned.folder)
+    card = read_card(tmp_path / "small", conversion, planned.folder)
+    assert "down projections by neuron" in card and "DoRA, AWQ" in card and "`--layout standard`" in card
+    standard = plan_conversion(planned.folder, tmp_path / "other", STANDARD).conversion
+    card = read_card(tmp_path / "other", standard, planned.folder)
+    assert "python -m arcee_mlx.lm" in card and "by neuron" not in card and "DoRA" not in card
+    assert "--layout standard" in describe_command(standard)[0]
 
 
 def test_the_summary_says_how_good_it_is(conversion, compared):

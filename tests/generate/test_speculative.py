@@ -101,7 +101,8 @@ def test_greedy_answers_of_the_demo_are_those_without_drafts(demo: Loaded) -> No
     assert accepted > 40  # or this would show little
 
 
-def test_the_sparse_path_gives_the_greedy_answer_without_drafts() -> None:
+def test_the_sparse_path_gives_the_greedy_answer_without_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARCEE_MLX_SPARSE", "on")
     loaded = arcee_mlx.load(Path(__file__).parents[1] / "assets" / "demo")
     arcee_mlx.store_by_neuron(loaded[0])
     down = loaded[0].layers[0].mlp.down_proj

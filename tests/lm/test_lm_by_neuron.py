@@ -12,7 +12,7 @@ import arcee_mlx
 from arcee_mlx.errors import InputError
 from arcee_mlx.lm import awq
 from arcee_mlx.lm.command import main
-from arcee_mlx.model.relu2.down import ByNeuron, store_by_neuron
+from arcee_mlx.model.relu2.down import ByNeuron, DownByNeuron, QuantizedDownByNeuron, store_by_neuron
 from arcee_mlx.upstream import mlx_lm_module
 
 from conftest import write_checkpoint, write_tokenizer
@@ -35,6 +35,32 @@ def test_mlx_lm_loads_the_layout_and_computes_the_same(by_neuron: str) -> None:
     theirs, _ = mlx_lm_module("utils").load(by_neuron)
     assert isinstance(theirs.layers[0].mlp.down_proj, ByNeuron)
     assert mx.array_equal(theirs(IDS), arcee_mlx.load_model(by_neuron)(IDS))
+
+
+def test_mlx_lm_counts_the_weights_of_the_float_model(by_neuron: str) -> None:
+    utils = mlx_lm_module("utils")
+    packed, _ = utils.load(by_neuron)
+    standard, _ = utils.load(str(Path(by_neuron).parent / "standard"))
+    assert utils.get_total_parameters(packed) == utils.get_total_parameters(standard)
+
+
+def test_mlx_lm_quantizes_a_float_model_in_the_layout(by_neuron: str, tmp_path: Path) -> None:
+    model = arcee_mlx.load_model(Path(by_neuron).parent / "standard")
+    store_by_neuron(model)
+    arcee_mlx.save_checkpoint(model, tmp_path / "float")
+    write_tokenizer(tmp_path / "float")
+    convert = ["convert", "--hf-path", str(tmp_path / "float"), "--mlx-path", str(tmp_path / "packed"), "-q"]
+    assert main([*convert, "--q-bits", "8", "--q-group-size", "32"]) == 0
+    ours, expected = arcee_mlx.load_model(tmp_path / "packed"), arcee_mlx.load_model(by_neuron)
+    assert isinstance(ours.layers[0].mlp.down_proj, QuantizedDownByNeuron)
+    assert mx.array_equal(ours(IDS), expected(IDS))
+
+
+def test_what_mlx_lm_sees_as_weight_cannot_be_overwritten() -> None:
+    layer = DownByNeuron(64, 32)
+    assert layer.weight is layer.weight_by_neuron and "weight" not in layer.parameters()
+    with pytest.raises(AttributeError):
+        layer.weight = mx.zeros((32, 64))
 
 
 @pytest.mark.parametrize(

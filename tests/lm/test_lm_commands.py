@@ -179,13 +179,17 @@ def test_lora_then_fuse(float_demo: str, data: str, kind: str) -> None:
     assert apart(fused, adapted(IDS)) < 0.1 * apart(fused, source)
 
 
-def test_lora_on_a_quantized_model_then_fuse(float_demo: str, data: str) -> None:
-    lm("convert", "--model", float_demo, "--mlx-path", "quantized", "-q", "--q-group-size", "32")
-    train = ["lora", "--model", "quantized", "--train", "--test", "--data", data, "--adapter-path", "adapter"]
+@pytest.mark.parametrize("layout", ["standard", "by_neuron"])
+def test_lora_on_a_quantized_model_then_fuse(demo: str, float_demo: str, data: str, layout: str) -> None:
+    quantized = demo
+    if layout == "standard":
+        quantized = "quantized"
+        lm("convert", "--model", float_demo, "--mlx-path", quantized, "-q", "--q-group-size", "32")
+    train = ["lora", "--model", quantized, "--train", "--test", "--data", data, "--adapter-path", "adapter"]
     small = ["--iters", "1", "--batch-size", "1", "--num-layers", "1", "--val-batches", "1", "--max-seq-length", "32"]
     lm(*train, *small, "--test-batches", "1")
-    lm("fuse", "--model", "quantized", "--adapter-path", "adapter", "--save-path", "fused")
-    check_output("fused", "quantized", 0.1)
+    lm("fuse", "--model", quantized, "--adapter-path", "adapter", "--save-path", "fused")
+    check_output("fused", quantized, 0.1)
 
 
 def test_convert_quantizes_and_back(float_demo: str) -> None:

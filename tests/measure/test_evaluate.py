@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from arcee_mlx import DEMO_MODEL, ArceeForCausalLM, ArceeModel, load_model, save_checkpoint
 from arcee_mlx.checkpoint.opening import open_model
 from arcee_mlx.errors import ArceeError, InputError
-from arcee_mlx.measure import divergence, evaluate
+from arcee_mlx.measure import divergence, text_run
 from arcee_mlx.measure.evaluate import compare, count_bytes
 from arcee_mlx.measure.layers import CAUSAL
 
@@ -56,7 +56,7 @@ def small_slices(monkeypatch):
     """Several slices of everything, the last one ragged."""
     monkeypatch.setattr(divergence, "_SLICE_ROWS", 150)
     monkeypatch.setattr(divergence, "_TOKENS_TOGETHER", 20)
-    monkeypatch.setattr(evaluate, "_SEQUENCES_TOGETHER", 2)
+    monkeypatch.setattr(text_run, "_SEQUENCES_TOGETHER", 2)
 
 
 def log_probabilities(opened, ids):
@@ -240,7 +240,7 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path, monkeypatch):
         before = mx.get_active_memory()
         compare(opened, opened, ids)
         peaks[layers] = mx.get_peak_memory() - before
-    layer_bytes = evaluate._count(opened, "layers.0.")
+    layer_bytes = text_run.count_part(opened, "layers.0.")
     assert layer_bytes > 4e6
     assert peaks[12] < peaks[2] + layer_bytes / 2
     assert peaks[12] < 3 * layer_bytes

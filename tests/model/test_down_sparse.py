@@ -57,15 +57,22 @@ def test_gathered_rows_give_the_dense_sum(bits, rows, bias):
     layer, x, residual = make_layer(bits, bias), make_input(*rows, zeros=0.95), mx.random.normal((*rows, HIDDEN))
     assert down._find_active(relu2(x.reshape(-1, NEURONS))) is not None
     for extra in (None, residual):
-        sparse, dense = (layer.after_relu2(x, extra, sparse=asked) for asked in ("auto", "off"))
+        sparse, dense = (layer.after_relu2(x, extra, sparse=asked) for asked in ("on", "off"))
         assert sparse.shape == (*rows, HIDDEN)
         assert mx.array_equal(sparse, dense) if bits else close(sparse, dense, 1e-6)
         assert close(dense, layer(relu2(x)) + (0 if extra is None else extra), 1e-6)
 
 
-def test_no_more_than_half_of_the_rows_are_ever_copied():
+def test_the_rows_of_most_neurons_are_never_copied():
     assert down._find_active(relu2(make_input(1, zeros=0.2))) is None
-    assert down._find_active(relu2(make_input(1, zeros=0.8))).size < NEURONS // 2
+    assert down._find_active(relu2(make_input(1, zeros=0.8))).size < NEURONS * down.GATHER_SHARE
+
+
+def test_small_layers_are_read_whole_unless_asked_otherwise(monkeypatch):
+    layer, x = make_layer(), make_input(1)
+    assert [layer.choose_path(x, asked) for asked in ("auto", "on", "off")] == ["dense", "gathered", "dense"]
+    monkeypatch.setattr(down, "GATHER_WEIGHTS", NEURONS * HIDDEN)
+    assert [layer.choose_path(x, asked) for asked in ("auto", "on", "off")] == ["gathered", "gathered", "dense"]
 
 
 def test_without_an_active_neuron_bias_and_residual_are_left():
@@ -83,6 +90,7 @@ def test_what_is_not_finite_is_active_and_reaches_the_output(value):
 
 def test_argument_before_environment_before_auto(monkeypatch):
     layer, x = make_layer(), make_input(1)
+    monkeypatch.setenv(VARIABLE, "on")
     assert layer.choose_path(x) == "gathered"
     monkeypatch.setenv(VARIABLE, "off")
     assert layer.choose_path(x) == "dense"
@@ -107,6 +115,7 @@ def test_a_layer_made_of_another_is_in_training_only_if_that_is():
 
 
 def test_many_tokens_and_training_read_all_rows(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "on")
     layer = make_layer()
     assert [layer.choose_path(make_input(n)) for n in (8, 9)] == ["gathered", "dense"]
     forbid_gathering(monkeypatch)
@@ -132,7 +141,7 @@ def test_gradients_through_left_out_rows_are_the_dense_ones(bits):
 
     gradient = mx.grad(loss, argnums=(0, 1, 2) if bits is None else (1, 2))
     parameters = layer.trainable_parameters()
-    pairs = [dict(nn.utils.tree_flatten(list(gradient(parameters, x, residual, asked)))) for asked in ("auto", "off")]
+    pairs = [dict(nn.utils.tree_flatten(list(gradient(parameters, x, residual, asked)))) for asked in ("on", "off")]
     assert all(close(pairs[0][name], pairs[1][name], 1e-6) for name in pairs[1])
     assert any("weight_by_neuron" in name for name in pairs[0]) == (bits is None)
 
@@ -146,15 +155,15 @@ def test_greedy_text_of_the_demo_model_is_the_same(monkeypatch):
     monkeypatch.setattr(down, "_find_active", lambda a: seen.append(found(a)) or seen[-1])
     ids = tokenizer.encode("Call me Ishmael.")
     tokens, logits = {}, {}
-    for asked in ("auto", "off"):
+    for asked in ("on", "off"):
         monkeypatch.setenv(VARIABLE, asked)
         cache, new, tokens[asked], logits[asked] = model.make_cache(), mx.array([ids]), [], []
         for _ in range(60):
             logits[asked].append(model(new, cache)[:, -1])
             new = mx.argmax(logits[asked][-1], axis=-1, keepdims=True)
             tokens[asked].append(new.item())
-    assert tokens["auto"] == tokens["off"]
-    assert close(mx.concatenate(logits["auto"]), mx.concatenate(logits["off"]), 1e-5 * 20)
+    assert tokens["on"] == tokens["off"]
+    assert close(mx.concatenate(logits["on"]), mx.concatenate(logits["off"]), 1e-5 * 20)
     assert sum(active is not None for active in seen) > len(seen) / 2, "rows were left out"
 
 

@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch", reason="compares with transformers on torch
 from arcee_mlx import DEMO_MODEL, Tokenizer, load  # noqa: E402
 from arcee_mlx.checkpoint.files import write_json, write_tensors  # noqa: E402
 from arcee_mlx.doctor.demo import compare, read_stored  # noqa: E402
+from arcee_mlx.model.relu2.down import ByNeuron  # noqa: E402
 
 from reference import TheirCausalLM  # noqa: E402
 
@@ -28,10 +29,12 @@ def unpack(folder: Path) -> Tokenizer:
         if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
             packed = module.weight, module.scales, module.biases
             weights[f"{name}.weight"] = mx.dequantize(*packed, module.group_size, module.bits)
+        elif isinstance(module, ByNeuron):
+            weights[f"{name}.weight"] = module.rows.unpack().T
         elif isinstance(module, nn.RMSNorm):
             weights[f"{name}.weight"] = module.weight
     values = model.config.to_dict() | {"dtype": "float32", "architectures": ["ArceeForCausalLM"]}
-    for key in ("quantization", "quantization_config"):
+    for key in ("quantization", "quantization_config", "down_proj_layout"):
         values.pop(key, None)
     folder.mkdir()
     write_tensors(folder, weights)

@@ -31,6 +31,10 @@ Sparse = Literal["off", "on", "auto"]
 # dense: all rows. unpacked: all rows, as floats, for a plain product, which is a GPU's fastest for many tokens.
 Path = Literal["kernel", "gathered", "dense", "unpacked"]
 UNPACK_TOKENS = 512
+# On the CPU taking rows out costs time of its own: below so many weights, or with a larger share of neurons to take, all
+# rows are sooner read where they lie (`arcee-mlx bench decode`).
+GATHER_WEIGHTS = 2**20
+GATHER_SHARE = 0.4
 
 
 class ByNeuron(nn.Module):
@@ -43,6 +47,11 @@ class ByNeuron(nn.Module):
         """The matrix as it is stored."""
         raise NotImplementedError
 
+    @property
+    def weight(self) -> mx.array:
+        """The matrix as it is stored, for mlx-lm's tools, which tell sizes by it. It is no parameter and cannot be set."""
+        return self["weight_by_neuron"]
+
     def __call__(self, x: mx.array) -> mx.array:
         """The product with all rows."""
         return self._add(self._sum_shares(self.rows.multiply(x)), None)
@@ -53,8 +62,8 @@ class ByNeuron(nn.Module):
         Args:
             x: (..., F), what the activation takes.
             residual: (..., E).
-            sparse: "off": read all rows; "on": an error where rows could be left out but the device cannot;
-                "auto": leave them out where that can be done. None takes the environment's ARCEE_MLX_SPARSE, else auto.
+            sparse: "off": read all rows; "on": leave some out however small the layer, and an error where the device
+                cannot; "auto": leave them out where that is done and pays. None takes the environment's ARCEE_MLX_SPARSE, else auto.
 
         Raises:
             InputError: sparse, or the variable, is something else, or "on" and the kernel cannot be used.
@@ -87,7 +96,8 @@ class ByNeuron(nn.Module):
         on_gpu = _on_gpu()
         if asked != "off" and not self.training and x.shape[0] <= MAX_TOKENS:
             if not on_gpu:
-                return "gathered"
+                large = x.shape[1] * rows.hidden >= GATHER_WEIGHTS
+                return "gathered" if large or asked == "on" else "dense"
             reason = kernels.explain_unserved(x, rows, self.get("bias"))
             reason = reason or self_check.find_fault(x.dtype, rows.bits, rows.group_size, x.shape[0])
             if reason is None:
@@ -238,6 +248,6 @@ def _find_active(a: mx.array) -> mx.array | None:
         found = np.flatnonzero(np.asarray(nonzero))
     except ValueError:  # inside mx.compile, mx.vmap, mx.export_function
         return None
-    if found.size > a.shape[1] // 2:
+    if found.size > a.shape[1] * GATHER_SHARE:
         return None
     return mx.array(found if found.size else [0], mx.int32)  # MLX multiplies no empty matrices
