@@ -69,18 +69,13 @@ def largest(a: mx.array, b: mx.array) -> float:
     return mx.abs(a - b).max().item()
 
 
-@pytest.mark.parametrize("quantized", [False, True])
-@pytest.mark.parametrize("kind", ["lora", "full"])
-def test_grad_checkpoint_trains_to_the_same_bits(
-    tokenizer: arcee_mlx.Tokenizer, kind: str, quantized: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if kind == "full" and quantized:
-        pytest.skip("quantized weights are not trained")
+@pytest.mark.parametrize(("kind", "quantized"), [("lora", False), ("lora", True), ("full", False)])
+def test_grad_checkpoint_trains_to_the_same_bits(tokenizer: arcee_mlx.Tokenizer, kind: str, quantized: bool) -> None:
     write_base(tokenizer, quantized=quantized)
     plain = train("plain", "--fine-tune-type", kind)
-    patched: list[Any] = [DecoderLayer.__call__]
+    ours = DecoderLayer.__call__
     again = train("again", "--fine-tune-type", kind, "--grad-checkpoint")
-    assert DecoderLayer.__call__ is not patched[0]  # mlx-lm's way took hold of our layer
+    assert DecoderLayer.__call__ is not ours  # mlx-lm's way took hold of our layer
     assert plain.keys() == again.keys() and plain
     assert [key for key in plain if not mx.array_equal(plain[key], again[key]).item()] == []
     assert any(mx.abs(value).max().item() > 0 for key, value in plain.items() if key.endswith(("lora_b", "weight")))
