@@ -80,7 +80,8 @@ class Batch:
 
     def _copy_by_layer(self) -> None:
         """So that no more than one layer is in memory twice, and what is not needed any more is gone at once."""
-        for layer in self._batch.prompt_cache:
+        for layer in self._batch.prompt_cache:  # what was cut off would stay with a mere view of the rest
+            layer.keys, layer.values = mx.contiguous(layer.keys), mx.contiguous(layer.values)
             mx.eval(layer.keys, layer.values)
 
     def _place(self, row: ActiveRow) -> int:
