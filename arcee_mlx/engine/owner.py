@@ -13,6 +13,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..checkpoint.tokenizer import Tokenizer
+from ..errors import InputError
 from ..model.config import ArceeConfig
 from ..model.decoder import ArceeForCausalLM
 from ..thread_end import wait_for_this_thread_at_exit
@@ -154,7 +155,12 @@ class Owner(threading.Thread):
             prefill_step_size=settings.prefill_step_size,
         )
         if settings.wired_limit_bytes is not None:
-            self._wired_before = mx.set_wired_limit(settings.wired_limit_bytes)
+            try:
+                self._wired_before = mx.set_wired_limit(settings.wired_limit_bytes)
+            except (RuntimeError, ValueError) as error:  # more than the system lets a process wire
+                raise InputError(
+                    f"wired_limit_bytes is {settings.wired_limit_bytes}; expected what this system allows ({error}); lower it"
+                ) from error
 
     def _read_inbox(self) -> None:
         wait = not self.scheduler.has_work

@@ -254,6 +254,28 @@ def test_what_load_raises_ends_the_thread(tmp_path: Path, checkpoint: Path) -> N
     assert threading.active_count() == before
 
 
+def test_the_wired_limit_is_left_alone_unless_asked_and_put_back(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = [7]
+
+    def set_wired_limit(limit: int) -> int:
+        if limit > 10**12:
+            raise ValueError("beyond the recommended working set")
+        limits.append(limit)
+        return limits[-2]
+
+    monkeypatch.setattr(mx, "set_wired_limit", set_wired_limit)
+    Engine.load(checkpoint).close()
+    assert limits == [7]
+    with Engine.load(checkpoint, wired_limit_bytes=10**9) as engine:
+        engine.generate("a", GREEDY)
+        assert limits == [7, 10**9]
+    assert limits == [7, 10**9, 7]
+    with pytest.raises(InputError, match="wired_limit_bytes is 2000000000000; expected what this system allows"):
+        Engine.load(checkpoint, wired_limit_bytes=2 * 10**12)
+
+
 def test_the_queue_is_bounded(checkpoint: Path) -> None:
     with Engine.load(checkpoint, max_batch_size=1, max_queue=2) as engine:
         gate = Gate()
