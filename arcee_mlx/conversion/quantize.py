@@ -139,8 +139,9 @@ def _finish(piece: _Slice, allow_nonfinite: bool) -> tuple[PlannedTensor, list[m
         _refuse_non_finite(piece, allow_nonfinite)
         return tensor, outputs if tensor.quantization is None else spoil_groups(rows, outputs)
     if tensor.quantization is not None and any(has_non_finite(p) for p in outputs[1:] if p.dtype in _FLOAT_DTYPES):
+        side = "columns" if tensor.by_neuron else "rows"
         raise ConversionError(
-            f"{tensor.source.file}: {tensor.source.name!r} holds weights in rows {piece.start} to {piece.stop - 1} that "
+            f"{tensor.source.file}: {tensor.source.name!r} holds weights in {side} {piece.start} to {piece.stop - 1} that "
             f"are too far apart to share a scale in {_name(rows.dtype)}; expected ordinary weights; keep this model's "
             f"weights floats"
         )
@@ -156,13 +157,13 @@ def _refuse_non_finite(piece: _Slice, allow_nonfinite: bool) -> None:
     )
     if lost_before.any() and not allow_nonfinite:
         raise ConversionError(
-            f"{source.file}: {source.name!r} holds Inf or NaN in {_name_rows(lost_before, piece.start)}; expected finite "
+            f"{source.file}: {source.name!r} holds Inf or NaN in {_name_rows(piece, lost_before)}; expected finite "
             f"weights; download the file again, ask its maker, or allow non-finite weights"
         )
     if (too_large := lost & ~lost_before).any():
         raise ConversionError(
             f"{source.file}: {source.name!r} holds a value too large for {_name(dtype)} in "
-            f"{_name_rows(too_large, piece.start)}; expected at most {mx.finfo(dtype).max:g}; convert to bfloat16 or "
+            f"{_name_rows(piece, too_large)}; expected at most {mx.finfo(dtype).max:g}; convert to bfloat16 or "
             f"float32 instead"
         )
 
@@ -171,8 +172,12 @@ def _find_non_finite(values: mx.array) -> np.ndarray:
     return ~np.array(mx.isfinite(values))
 
 
-def _name_rows(found: np.ndarray, start: int) -> str:
-    """Rows of a tensor, in words: from the first to the last of a slice in which something was found."""
+def _name_rows(piece: _Slice, found: np.ndarray) -> str:
+    """Rows of the source, in words: from the first to the last of a slice in which something was found."""
+    if piece.tensor.by_neuron:  # a slice of the source's columns, turned
+        found, start = found.T, 0
+    else:
+        start = piece.start
     rows = np.flatnonzero(found.reshape(len(found), -1).any(axis=1)) + start
     return f"rows {rows[0]} to {rows[-1]}"
 

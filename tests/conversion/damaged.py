@@ -67,7 +67,11 @@ def try_case(kind: str, case: Case, root: Path) -> Ending:
     """Writes a checkpoint into the new folder `root`, converts it and judges the ending."""
     write_files(root, case.files)
     before = describe_tree(root)
-    recipe = Recipe(quantization=Quantization(bits=case.bits, group_size=32) if case.bits else None, dtype=case.dtype)
+    recipe = Recipe(
+        quantization=Quantization(bits=case.bits, group_size=32) if case.bits else None,
+        dtype=case.dtype,
+        layout="standard",
+    )
     error = problem = ""
     try:
         convert(root / "in", root / "out", recipe, allow_nonfinite=case.allow_nonfinite)

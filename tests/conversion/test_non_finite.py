@@ -38,6 +38,16 @@ def test_the_error_names_the_tensor_and_its_rows(source, tmp_path):
     assert_nothing_left(tmp_path)
 
 
+@pytest.mark.parametrize("layout", ["standard", "by_neuron"])
+def test_the_rows_are_the_sources_in_either_layout(tmp_path, layout):
+    weights = random_weights(ArceeConfig(**SHAPE))
+    down = "model.layers.1.mlp.down_proj.weight"
+    weights[down][5, -1] = float("nan")
+    source = write_source(tmp_path / "in", weights)
+    with pytest.raises(ConversionError, match=f"'{down}' holds Inf or NaN in rows 5 to 5;"):
+        convert(source, tmp_path / "out", Recipe(layout=layout))
+
+
 def test_allowed_they_pass_through_a_float_conversion(source, tmp_path):
     convert(source, tmp_path / "out", FLOAT, allow_nonfinite=True)
     before, after = (read_weights(folder)[f"{UP}.weight"].astype(mx.float32) for folder in (source, tmp_path / "out"))
