@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ..errors import InputError
 from ..model.config import read_config
 from ..program import run_reporting
 from .awq import refuse_by_neuron
+from .training import resumable_lora
 
 # Commands -> the options that say which model they work on. Without one, mlx-lm would download a model of its own choice.
 COMMANDS: dict[str, tuple[str, ...]] = {
@@ -70,7 +71,7 @@ def run_command(command: str, arguments: list[str]) -> int:
     if command == "server":
         _check_model(arguments)
     _check_layout(command, arguments)
-    with _own_process(command, arguments):
+    with _own_process(command, arguments), resumable_lora() if command == "lora" else nullcontext():
         upstream.mlx_lm_module("cli").main()
     return 0
 
