@@ -230,7 +230,7 @@ def test_an_adapters_numbers_are_those_of_the_fused_model(tmp_path, text, capsys
         nn.quantize(model, group_size=32, bits=bits)
     arcee_mlx.save_checkpoint(model, tmp_path / "base")
     keys = None if bits or kind == "full" else EVERYWHERE
-    adapter = write_mlx_lm(tmp_path / "adapter", kind={"by_neuron": "lora"}.get(kind, kind), scale=1.0, keys=keys)
+    adapter = write_mlx_lm(tmp_path / "adapter", kind={"by_neuron": "lora"}.get(kind, kind), keys=keys)
     fused = arcee_mlx.load_model(tmp_path / "base", adapter_path=adapter)
     arcee_mlx.fuse_adapter(fused, dequantize=True)
     arcee_mlx.save_checkpoint(fused, tmp_path / "fused")
