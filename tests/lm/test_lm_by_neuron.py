@@ -56,6 +56,13 @@ def test_mlx_lm_quantizes_a_float_model_in_the_layout(by_neuron: str, tmp_path: 
     assert mx.array_equal(ours(IDS), expected(IDS))
 
 
+def test_mlx_lm_dequantizes_to_the_standard_layout(by_neuron: str, tmp_path: Path) -> None:
+    assert main(["convert", "-d", "--hf-path", by_neuron, "--mlx-path", str(tmp_path / "float")]) == 0
+    ours, packed = arcee_mlx.load_model(tmp_path / "float"), arcee_mlx.load_model(by_neuron)
+    assert type(ours.layers[0].mlp.down_proj) is nn.Linear and ours.config.down_proj_layout == "standard"
+    assert not ours.config.quantization and mx.abs(ours(IDS) - packed(IDS)).max().item() < 1e-5
+
+
 def test_what_mlx_lm_sees_as_weight_cannot_be_overwritten() -> None:
     layer = DownByNeuron(64, 32)
     assert layer.weight is layer.weight_by_neuron and "weight" not in layer.parameters()
@@ -70,8 +77,6 @@ def test_what_mlx_lm_sees_as_weight_cannot_be_overwritten() -> None:
         ["gptq", "--model"],
         ["dwq", "-m"],
         ["dynamic_quant", "--model"],
-        ["convert", "-d", "--hf-path"],
-        ["fuse", "--dequantize", "--model"],
         ["lora", "--train", "--fine-tune-type", "dora", "--model"],
     ],
     ids=lambda arguments: arguments[0],
