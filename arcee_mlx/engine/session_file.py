@@ -54,7 +54,10 @@ def save_session(path: str | os.PathLike[str], transcript: Transcript, owner: Ow
                 for name, data in owner.call(partial(_copy_layer, i, layer, count)):
                     writer.write(name, data)
     except TypeError as error:
-        raise InputError(f"options cannot be saved ({error}); expected JSON values in chat_template_config") from error
+        raise InputError(
+            f"options cannot be saved ({error}); expected JSON values in chat_template_config, and a schema as a dict; "
+            f"give a type as the schema with each message instead"
+        ) from error
 
 
 def load_session(path: str | os.PathLike[str], owner: Owner) -> Transcript:

@@ -103,15 +103,13 @@ class GrammarProcessor:
     def _mask(self, vocab_size: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
-        mask = np.zeros(vocab_size, bool)
+        allowed = np.zeros(vocab_size, bool)
         known = np.unpackbits(bits, bitorder="little")[:vocab_size]
-        mask[: known.size] = known
-        ends = [token for token in self._eos if token < vocab_size]
-        whole = mask.copy()
-        whole[ends] = self._matcher.is_accepting()
-        return (
-            whole if whole.any() else mask
-        )  # else only a further end of text goes on, and the answer is cut off there
+        allowed[: known.size] = known
+        mask = allowed.copy()
+        mask[[token for token in self._eos if token < vocab_size]] = self._matcher.is_accepting()
+        # Where nothing but one of the caller's own ends of text goes on, it ends the answer, which is then cut off.
+        return mask if mask.any() else allowed
 
     def _check(self) -> None:
         if self._matcher.is_error():

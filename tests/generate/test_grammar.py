@@ -265,3 +265,15 @@ def test_choices_of_any_text_are_taken_and_nothing_else(demo: Any) -> None:
         for text in texts:
             other = text[:-1] + drawn.choice(alphabet)
             assert grammar.is_complete(other) == (other in texts)
+
+
+def test_a_session_keeps_its_schema_and_says_where_a_type_cannot_be_saved(tmp_path: Any) -> None:
+    with Engine.load(DEMO_MODEL) as engine:
+        session = engine.session(options=GenerateOptions(schema={"type": "boolean"}))
+        assert "".join(chunk.text for chunk in session.send("Is it?")) in ("true", "false")
+        session.save(tmp_path / "dict.safetensors")
+        assert engine.load_session(tmp_path / "dict.safetensors").options == session.options
+        typed = engine.session(options=GenerateOptions(schema=Flag))
+        with pytest.raises(InputError, match="schema as a dict"):
+            typed.save(tmp_path / "type.safetensors")
+        assert not (tmp_path / "type.safetensors").exists()
