@@ -71,7 +71,7 @@ def run_command(command: str, arguments: list[str]) -> int:
         raise InputError(f"{package} is not installed; expected it for {command}; pip install 'mlx-lm[{extra}]'")
     if command == "server":
         _check_model(arguments)
-    _check_layout(command, arguments)
+    _check_weights(command, arguments)
     with _own_process(command, arguments), _extend(command):
         upstream.mlx_lm_module("cli").main()
     return 0
@@ -85,8 +85,8 @@ def _check_model(arguments: list[str]) -> None:
         check_generates(open_model(resolve_folder(model)).config)
 
 
-def _check_layout(command: str, arguments: list[str]) -> None:
-    """Refuses what mlx-lm cannot do to down projections stored by neuron, before it downloads data or trains."""
+def _check_weights(command: str, arguments: list[str]) -> None:
+    """Refuses what mlx-lm cannot do to the weights as they are stored, before it downloads data or trains."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--model", "-m", "--hf-path")
     parser.add_argument("--fine-tune-type")
@@ -94,11 +94,20 @@ def _check_layout(command: str, arguments: list[str]) -> None:
     given = parser.parse_known_args(arguments)[0]
     values = _read_yaml(given.config) if command == "lora" and given.config else {}
     model = given.model or values.get("model")
+    kind = (given.fine_tune_type or values.get("fine_tune_type")) if command == "lora" else None
     tool = command if command in ("awq", "dwq", "dynamic_quant", "gptq") else ""
-    if command == "lora" and (given.fine_tune_type or values.get("fine_tune_type")) == "dora":
+    if kind == "dora":
         tool = "lora --fine-tune-type dora"
-    if tool and model:
-        refuse_by_neuron(tool, read_config(resolve_folder(model)))
+    if model and (tool or kind == "full"):
+        config = read_config(resolve_folder(model))
+        if tool:
+            refuse_by_neuron(tool, config)
+        elif config.quantization is not None:
+            raise InputError(
+                f"lora --fine-tune-type full on {config.source}, whose weights are quantized, so that they have no "
+                f"gradient; expected float weights; take --fine-tune-type lora, or unpack it first: "
+                f"python -m arcee_mlx.lm convert -d"
+            )
 
 
 def _read_yaml(path: str) -> Mapping[str, Any]:

@@ -9,6 +9,7 @@ import mlx.nn as nn
 import pytest
 
 import arcee_mlx
+from arcee_mlx import DEMO_MODEL
 from arcee_mlx.errors import InputError
 from arcee_mlx.lm import awq
 from arcee_mlx.lm.command import main
@@ -95,6 +96,16 @@ def test_dora_in_a_yaml_file_is_refused_too(by_neuron: str, tmp_path: Path, caps
     (tmp_path / "lora.yaml").write_text(f"fine_tune_type: dora\nmodel: {by_neuron}\n")
     assert main(["lora", "--train", "-c", str(tmp_path / "lora.yaml")]) == 2
     assert "stored by neuron" in capsys.readouterr().err
+
+
+def test_full_training_of_quantized_weights_is_refused_before_it_begins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "lora.yaml").write_text(f"fine_tune_type: full\nmodel: {DEMO_MODEL}\n")
+    for arguments in (["--fine-tune-type", "full", "--model", str(DEMO_MODEL)], ["-c", str(tmp_path / "lora.yaml")]):
+        assert main(["lora", "--train", "--data", "nowhere", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert "quantized" in error and "convert -d" in error and "--fine-tune-type lora" in error
 
 
 def test_awq_called_from_python_is_refused_too(by_neuron: str) -> None:
