@@ -78,7 +78,8 @@ class Fault:
 def is_victim(first: Any, *others: Any) -> bool:
     """Whether one of a function's arguments is, or belongs to, the victim."""
     for each in (first, *others):
-        for path in (each, getattr(each, "options", None), getattr(each, "_request", None)):
+        # Itself, what it has of options, or the request of a Row.
+        for path in (each, getattr(each, "options", None), getattr(each, "request", None)):
             options = getattr(path, "options", path)
             if isinstance(options, GenerateOptions) and options.seed == SEED:
                 return True
