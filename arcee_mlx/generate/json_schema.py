@@ -139,7 +139,7 @@ def _prepare(place: str, schema: dict[str, Any]) -> None:
         schema["pattern"] = translate_ecma_regex(pattern)
     if isinstance(properties := schema.get("patternProperties"), dict):
         schema["patternProperties"] = {translate_ecma_regex(name): part for name, part in properties.items()}
-    if (own := _FORMATS.get(schema.get("format"))) is not None:  # type: ignore[arg-type]
+    if isinstance(schema.get("format"), str) and (own := _FORMATS.get(schema["format"])) is not None:
         del schema["format"]
         schema["allOf"] = [*schema.get("allOf", ()), {"pattern": own}]
 
