@@ -21,22 +21,20 @@ import arcee_mlx
 from arcee_mlx import (
     DEMO_MODEL,
     Answer,
-    ArceeForCausalLM,
     CallbackError,
     Engine,
     GenerateOptions,
     InputError,
     QueueFullError,
-    Tokenizer,
 )
 from arcee_mlx.engine import Request
 from arcee_mlx.generate.answer import join_chunks
 
+from engine_script import is_near_tie, settle
 from process_memory import ProcessMemory, find_growth, measure_memory
 
 THREADS, TASKS = 8, 6
 STILL_S = 90.0  # so long without any request's end is a hang
-NOISE = 1e-4  # of logits in a batch against those of a single run, of which the engine's other tests measure a tenth
 
 BEGINNINGS = (
     "",
@@ -294,26 +292,6 @@ def make_plans(random_: random.Random, count: int, pairs: int, longest: int) -> 
     ]
 
 
-def is_near_tie(
-    loaded: tuple[ArceeForCausalLM, Tokenizer], prompt: Any, options: GenerateOptions, tokens: Any, expected: Any
-) -> bool:
-    """Whether the two part where a change of two logits within the noise of both turns the token round."""
-    place = next(i for i, pair in enumerate(zip(tokens, expected, strict=False)) if pair[0] != pair[1])
-    step = -1
-
-    def nudge(_tokens: mx.array, logits: mx.array) -> mx.array:
-        nonlocal step
-        step += 1
-        if step == place:
-            logits[:, tokens[place]] += 2 * NOISE
-            logits[:, expected[place]] -= 2 * NOISE
-        return logits
-
-    options = replace(options, max_tokens=place + 1)
-    *_, last = arcee_mlx.stream_generate(*loaded, prompt, options, logits_processors=[nudge])
-    return last.token == tokens[place]
-
-
 @pytest.mark.parametrize(
     ("count", "most_pairs", "longest"), [(100, 16, 12), pytest.param(2000, 160, 32, marks=pytest.mark.slow)]
 )
@@ -358,8 +336,7 @@ def test_many_unruly_callers_get_what_was_promised(count: int, most_pairs: int, 
             soak.over.set()
             pytest.fail(f"it hangs after {ended} of {count} requests: {engine.stats()}; {dict(soak.counts)}")
     seconds = time.monotonic() - started_s
-    engine._owner.call(lambda: None)  # what was cancelled last is seen by then
-    engine._owner.call(lambda: None)
+    settle(engine)  # what was cancelled last is seen by then
     stats = engine.stats()
     engine.close()
     ties = [
