@@ -153,7 +153,9 @@ class Engine:
             prompt: text; or messages; or token ids, as in `arcee_mlx.generate`.
             options: None takes the checkpoint's generation_config.json throughout.
             logits_processors: functions (tokens so far (n,), logits (1, V)) -> logits (1, V), called on the engine's
-                thread; what they raise fails this request alone.
+                thread; what they raise, or what fails when it is computed, fails this request alone. Therefore its
+                scores are computed at every step before the next begins, and no step of its batch overlaps another.
+                Nothing survives an index far out of range, as in `mx.take`, nor `mx.linalg.eig` of NaN on the CPU.
             deadline_s: seconds from now after which the answer ends with what is made, its stop_reason "deadline".
             wait: False fails the request with MemoryBudgetError where it would wait for others to free their memory.
 
