@@ -14,7 +14,7 @@ import arcee_mlx
 from arcee_mlx import Engine, EngineClosedError, GenerateOptions
 from arcee_mlx.generate.answer import join_chunks
 
-from engine_script import GREEDY, LONG, Gate, said
+from engine_script import GREEDY, LONG, PATIENCE_S, Gate, said
 
 SAMPLED = GenerateOptions(max_tokens=8, temp=1.0, top_k=40, seed=11)
 
@@ -67,6 +67,24 @@ def test_after_closing_every_call_says_so(checkpoint: Path, tmp_path: Path) -> N
     assert waiting.state == stream.request.state == "failed"
     with engine, pytest.raises(EngineClosedError):
         engine.generate("a")
+
+
+def test_closing_waits_no_longer_than_asked_and_says_where_the_engine_is(checkpoint: Path) -> None:
+    engine, gate = Engine.load(checkpoint), Gate()
+    request = engine.submit("a", LONG, logits_processors=[gate])
+    gate.wait()
+    for _ in range(2):
+        with pytest.raises(TimeoutError, match=r"still at line \d+ of wait in .*threading.py after 0 s"):
+            engine.close(timeout_s=0)
+        assert engine.is_closed
+        with pytest.raises(EngineClosedError):
+            engine.submit("a")
+    gate.open()
+    engine.close(timeout_s=PATIENCE_S)
+    assert not engine._owner.is_alive()
+    engine.close(timeout_s=0)
+    with pytest.raises(EngineClosedError):
+        request.result()
 
 
 def test_what_ended_before_the_engine_closed_stays_readable(checkpoint: Path) -> None:
