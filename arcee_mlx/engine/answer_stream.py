@@ -117,9 +117,8 @@ class AsyncAnswerStream:
             raise InputError(
                 "a second task waits for the first chunk; expected one task a stream; ask for another stream"
             )
-        if (
-            self._process != os.getpid()
-        ):  # before anything waits, perhaps on a loop that the parent's process turns, too
+        # Before anything waits, perhaps on a loop that the parent's process turns, too.
+        if self._process != os.getpid():
             raise closed_error()
         loop = asyncio.get_running_loop()
         self._submitting = True
