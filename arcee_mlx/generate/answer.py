@@ -158,7 +158,8 @@ def join_chunks(
     assert reason is not None
     text = "".join(chunk.text for chunk in chunks)
     last = chunks[-1]
-    is_complete, calls, invalid = last.is_complete, last.tool_calls, ()
+    is_complete, calls = last.is_complete, last.tool_calls
+    invalid: tuple[InvalidToolCall, ...] = ()
     if request is not None and not request.is_free:
         ended = is_complete is True and last.stop_reason is not None
         is_complete, calls, invalid = request.judge(text, is_ended=ended)

@@ -84,7 +84,7 @@ def read_request(
     options = replace(options, seed=draw_seed() if options.seed is None else options.seed)
     ids = encode_prompt(tokenizer, prompt, options, goes_on=unseen_tokens > 0)
     room = _check_prompt(ids, config, unseen_tokens)
-    tools = find_tool_format(tokenizer, options.tools) if options.tools else None  # type: ignore[arg-type]
+    tools = find_tool_format(tokenizer, options.tools) if options.tools else None
     asked = options.max_tokens
     limit = room if asked in (None, -1) else min(asked, room)
     return Request(

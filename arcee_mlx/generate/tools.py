@@ -92,9 +92,7 @@ def read_tools(tools: Iterable[Tool]) -> tuple[dict[str, Any], ...]:
 def _read_tool(place: int, tool: Tool) -> dict[str, Any]:
     if not isinstance(tool, Mapping):
         if not callable(tool):
-            raise InputError(
-                f"tools[{place}] is of type {type(tool).__name__}; expected a function or its JSON schema"
-            )
+            raise InputError(f"tools[{place}] is of type {type(tool).__name__}; expected a function or its JSON schema")
         return get_json_schema(tool)
     wrapped: Any = dict(tool) if tool.get("type") == "function" else {"type": "function", "function": tool}
     function = wrapped.get("function")
@@ -111,7 +109,7 @@ def _read_tool(place: int, tool: Tool) -> dict[str, Any]:
     return {**wrapped, "function": {**function, "parameters": parameters}}
 
 
-def name_tools(tools: Sequence[Mapping[str, Any]]) -> list[str]:
+def name_tools(tools: Sequence[Any]) -> list[str]:
     """The names of tools as `read_tools` gives them."""
     return [tool["function"]["name"] for tool in tools]
 
@@ -169,14 +167,14 @@ class ToolFormat:
         return calls
 
 
-def find_tool_format(tokenizer: Tokenizer, tools: tuple[dict[str, Any], ...]) -> ToolFormat:
+def find_tool_format(tokenizer: Tokenizer, tools: Sequence[Any]) -> ToolFormat:
     """The form of calls that a chat template teaches, as mlx-lm tells it; Hermes' where the template does not say."""
     known = SimpleNamespace(chat_template=tokenizer.tool_template, get_vocab=dict)
     name = mlx_lm_module("tokenizer_utils")._infer_tool_parser(known) or _HERMES
     parser = mlx_lm_module(f"tool_parsers.{name}")
     start, end = parser.tool_call_start, parser.tool_call_end
     shows = _is_special(tokenizer, start) or _is_special(tokenizer, end)
-    return ToolFormat(name, start, end, parser.parse_tool_call, tools, shows)
+    return ToolFormat(name, start, end, parser.parse_tool_call, tuple(tools), shows)
 
 
 def cut_tool_calls(text: str, calls: Sequence[ToolCall]) -> str:
