@@ -14,6 +14,7 @@ from ..generate.answer import Answer
 from ..generate.options import GenerateOptions
 from ..generate.tools import ToolCall, ToolResult, name_tools, read_tools
 from ..generate.typed_json import read_type
+from .answer_stream import AnswerStream
 from .session import Session
 
 Approve = Callable[[ToolCall], bool]
@@ -57,17 +58,23 @@ def run_tools(
     if type(max_rounds) is not int or max_rounds < 0:
         raise InputError(f"max_rounds is {max_rounds!r}; expected an integer of at least 0")
     options = replace(options or session.options or GenerateOptions(), tools=read_tools(tools))
-    answer = None if text is None else session.send(text, options).request.result()
+    answer = None if text is None else _finish(session.send(text, options))
     if answer is None and not session.pending_tool_calls:
         raise InputError("the session's last answer calls no tool; expected text to begin with; give it as text=")
     for _ in range(max_rounds):
         if not (calls := session.pending_tool_calls):
             break
         results = [run_call(call, functions, approve) for call in calls]
-        answer = session.send(results, free_to_call(options)).request.result()
+        answer = _finish(session.send(results, free_to_call(options)))
     if answer is None:
         raise InputError("max_rounds is 0 without text; expected at least 1 round for the calls of the last answer")
     return answer
+
+
+def _finish(stream: AnswerStream) -> Answer:
+    for _ in stream:
+        pass
+    return stream.request.result()
 
 
 def free_to_call(options: GenerateOptions) -> GenerateOptions:
