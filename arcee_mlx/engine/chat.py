@@ -144,6 +144,8 @@ class Chat:
         options, seed = self._options, self._options.seed
         if seed is not None:  # the same one would give the same answer
             options = replace(options, seed=(seed + self._tries) % 2**64)
+        if [message.role for message in self.session.messages[-2:-1]] == ["tool"]:
+            options = free_to_call(options)
         self._converse(lambda: self.session.regenerate(options))
 
     def _undo(self) -> None:
