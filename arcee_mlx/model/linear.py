@@ -58,8 +58,7 @@ def _is_served(layer: nn.Module, x: mx.array) -> bool:
         sys.platform == "linux"  # elsewhere MLX's own product is vectorized
         and mx.default_device() == mx.cpu
         and type(layer) in (nn.QuantizedLinear, nn.QuantizedEmbedding)
-        and layer.mode == "affine"
-        and x.dtype == layer.scales.dtype == mx.float32
+        and x.dtype == layer.scales.dtype == mx.float32  # scales of the modes of small floats are bytes
         and x.size >= 2 * x.shape[-1]
         and (has_fast_blas() or (layer.bits in TURNED_BITS and layer.weight.shape[0] % TURNED_OUTPUTS == 0))
     )
