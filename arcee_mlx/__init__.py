@@ -4,6 +4,7 @@ from .checkpoint.adapters import fuse_adapter, save_peft_adapter, set_adapter
 from .checkpoint.function_schema import get_json_schema
 from .checkpoint.loading import DEMO_MODEL, load, load_model, load_tokenizer, save_checkpoint
 from .checkpoint.tokenizer import Tokenizer
+from .checkpoint.training_state import load_training_state, save_training_state
 from .engine import AnswerStream, AsyncAnswerStream, Engine, EngineStats, Message, Request, Session
 from .errors import (
     ArceeError,
@@ -14,7 +15,9 @@ from .errors import (
     ConversionError,
     DeviceError,
     EngineClosedError,
+    GrammarError,
     HubError,
+    IncompleteAnswerError,
     InputError,
     MemoryBudgetError,
     QueueFullError,
@@ -94,7 +97,9 @@ __all__ = [
     "GenerateOptions",
     "GenerationChunk",
     "GenerationStats",
+    "GrammarError",
     "HubError",
+    "IncompleteAnswerError",
     "InputError",
     "Inspection",
     "LabelScore",
@@ -127,9 +132,11 @@ __all__ = [
     "load_model",
     "load_prompt_cache",
     "load_tokenizer",
+    "load_training_state",
     "save_checkpoint",
     "save_peft_adapter",
     "save_prompt_cache",
+    "save_training_state",
     "score",
     "set_adapter",
     "store_by_neuron",

@@ -1,5 +1,7 @@
 """What can go wrong, by kind. Every message reads `<what> <got>; expected <want>; <what to do>`."""
 
+from __future__ import annotations
+
 
 class ArceeError(Exception):
     """The base of every error this package raises on purpose."""
@@ -23,6 +25,25 @@ class HubError(ArceeError):
 
 class InputError(ArceeError, ValueError):
     """An argument of the caller's that is out of range or does not fit the model."""
+
+
+class GrammarError(InputError):
+    """A schema, regular expression or grammar that cannot be enforced; the message names what cannot."""
+
+
+class IncompleteAnswerError(ArceeError):
+    """An answer that was cut off before it was all that its schema, expression or grammar asks for.
+
+    Attributes:
+        text: what was made of it.
+    """
+
+    def __init__(self, message: str, text: str) -> None:
+        super().__init__(message)
+        self.text = text
+
+    def __reduce__(self) -> tuple[type[IncompleteAnswerError], tuple[str, str]]:
+        return type(self), (str(self), self.text)
 
 
 class ContextOverflowError(InputError):

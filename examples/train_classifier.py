@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-import json
-import os
 import random
 import signal
 import sys
@@ -28,7 +26,6 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_unflatten
 from tqdm import tqdm
 
 import arcee_mlx
@@ -101,26 +98,6 @@ class Progress:
 
     losses: list[float] = dataclasses.field(default_factory=list)
     epochs: list[tuple[int, float, float]] = dataclasses.field(default_factory=list)
-
-
-def save_state(path: Path, model: nn.Module, optimizer: optim.Optimizer, progress: Progress, options: str) -> None:
-    """Writes what is trained, the optimizer and the progress to one file, which replaces the older one at once."""
-    arrays = tree_flatten({"model": model.trainable_parameters(), "optimizer": optimizer.state}, destination={})
-    partial = path.with_name("partial.safetensors")
-    about = {"progress": json.dumps(dataclasses.asdict(progress)), "options": options}
-    mx.save_safetensors(str(partial), arrays, about)
-    os.replace(partial, path)
-
-
-def load_state(path: Path, model: nn.Module, optimizer: optim.Optimizer, options: str) -> Progress:
-    """Restores what save_state wrote, of a training with the same options and data."""
-    arrays, about = mx.load(str(path), return_metadata=True)
-    if about["options"] != options:
-        raise SystemExit(f"{path} is of a training with other options or data; expected these; remove {path.parent}")
-    tree = tree_unflatten(arrays)
-    model.update(tree["model"])
-    optimizer.state = tree["optimizer"]
-    return Progress(**json.loads(about["progress"]))
 
 
 def train(
@@ -232,14 +209,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     state = work / "state.safetensors"
     changing_nothing = ("out", "adapter", "grad_checkpoint")
     options = {name: str(value) for name, value in vars(args).items() if name not in changing_nothing}
-    told = json.dumps(options | {"texts": zlib.crc32(args.data.read_bytes())})
-    progress = load_state(state, model, optimizer, told) if state.exists() else Progress()
+    settings = options | {"texts": zlib.crc32(args.data.read_bytes())}
+    progress = Progress()
+    if state.exists():
+        try:
+            progress = Progress(**arcee_mlx.load_training_state(state, model, optimizer, settings=settings))
+        except arcee_mlx.InputError as error:
+            raise SystemExit(f"{error}: remove {work}") from None
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     mx.reset_peak_memory()
     for _ in train(model, optimizer, progress, rows=rows, test=test, args=args, stop=stop):
-        save_state(state, model, optimizer, progress, told)
+        now = dataclasses.asdict(progress)
+        arcee_mlx.save_training_state(state, model, optimizer, settings=settings, progress=now)
     if len(progress.losses) < args.epochs * steps:
         print(f"stopped after step {len(progress.losses)}; the same command goes on", file=sys.stderr)
         return 130

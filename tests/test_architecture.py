@@ -20,7 +20,7 @@ ORDER = [
     "errors", "upstream", "program", "thread_end",
     "model.json_file", "model.config", "model.rope", "model.activations", "model.linear", "model.relu2", "model.masks", "model.inputs", "model.losses",
     "model.open_attention", "model.training", "model.decoder", "model.heads",
-    "checkpoint.hub_request", "checkpoint.hub", "checkpoint.hub_upload", "checkpoint.shards", "checkpoint.links", "checkpoint.headers", "checkpoint.files", "checkpoint.names", "checkpoint.quantization", "checkpoint.function_schema", "checkpoint.chat_template", "checkpoint.detokenizer",
+    "checkpoint.hub_request", "checkpoint.hub", "checkpoint.hub_upload", "checkpoint.shards", "checkpoint.links", "checkpoint.headers", "checkpoint.files", "checkpoint.sealed", "checkpoint.training_state", "checkpoint.names", "checkpoint.quantization", "checkpoint.function_schema", "checkpoint.chat_template", "checkpoint.detokenizer",
     "checkpoint.special_tokens", "checkpoint.tokenizer",
     "checkpoint.adapter_files", "checkpoint.peft", "checkpoint.adapters", "checkpoint.opening", "checkpoint.loading",
     "lm", "measure", "conversion", "generate", "engine", "tasks", "inspection", "bench", "doctor", "cli", "__init__", "__main__",

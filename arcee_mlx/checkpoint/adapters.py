@@ -81,6 +81,15 @@ def set_adapter(model: Model, path_or_id: str | os.PathLike[str] | None) -> None
     model._aside = _Aside({name: modules[name] for name in adapter.weights})
 
 
+def read_adapter(path_or_id: str | os.PathLike[str], model: Model) -> Adapter:
+    """Reads an adapter that fits a model, and does not put it on; the model's weights need not be read.
+
+    Raises:
+        ConfigError, CheckpointError, HubError: see `set_adapter`.
+    """
+    return _read_adapter(resolve_folder(path_or_id, adapter=True), _base_modules(model), model)
+
+
 def fuse_adapter(model: Model, *, dequantize: bool = False) -> None:
     """Makes a model's adapter part of its weights, which are then the base's. Each layer keeps its dtype.
 
@@ -136,6 +145,11 @@ def save_peft_adapter(model: Model, path: str | os.PathLike[str], *, base_model:
 def has_adapter(model: nn.Module) -> bool:
     """Whether a model has layers with an update, from here or from mlx-lm."""
     return any("lora_a" in module for _, module in model.named_modules())
+
+
+def comes_from_adapter(model: Model, path: str) -> bool:
+    """Whether a module's weights are an adapter's as a whole, such as a classifier's head, in place of the base's."""
+    return path in _set_aside(model)
 
 
 def _refuse_to_write(model: Model, low_rank: Mapping[str, LowRank], saved: Sequence[str]) -> None:

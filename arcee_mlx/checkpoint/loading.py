@@ -23,7 +23,7 @@ from ..model.heads import (
     set_labels,
 )
 from ..thread_end import wait_for_this_thread_at_exit
-from .adapters import has_adapter, set_adapter
+from .adapters import comes_from_adapter, has_adapter, set_adapter
 from .files import FLOATS, Checkpoint, new_folder, write_json, write_tensors
 from .hub import resolve_folder
 from .names import Model, check_generates, choose_class, layout_of
@@ -135,13 +135,14 @@ def load_model(
     arrays = opened.checkpoint.arrays()
     weights = {key: _cast(arrays[name], target) for key, name in opened.names.items()}
     if opened.new:
-        _logger.warning("%s: has no %s: new, at random; train before use", folder, ", ".join(opened.new))
         made = dict(tree_flatten(opened.model.parameters()))
         weights |= {key: _cast(made[key], target) for key in opened.new}
     opened.model.load_weights(list(weights.items()), strict=True)
     opened.model.eval()
     if adapter is not None:
         set_adapter(opened.model, adapter)
+    if new := [key for key in opened.new if not comes_from_adapter(opened.model, key.rpartition(".")[0])]:
+        _logger.warning("%s: has no %s: new, at random; train before use", folder, ", ".join(new))
     return opened.model  # type: ignore[return-value]
 
 

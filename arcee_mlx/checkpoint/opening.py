@@ -15,6 +15,7 @@ from .. import upstream
 from ..errors import CheckpointError, ConfigError, InputError
 from ..model.config import ArceeConfig, read_config
 from ..model.decoder import ArceeForCausalLM
+from .adapter_files import Adapter
 from .files import FLOATS, Checkpoint, TensorEntry, open_checkpoint, same_content
 from .names import CLASSES, TASK_HEADS, Model, choose_class, layout_of, map_names, named_class, tie_names
 from .quantization import read_quantization
@@ -29,6 +30,7 @@ class OpenedModel:
         names: the model's key -> the file's key.
         model: its layers, quantized where the file is; the weights are not the checkpoint's.
         new: keys of the head that the file, of another class, does not have: the model's own values are to stay.
+        adapter: what `measure` is to read into the weights.
     """
 
     config: ArceeConfig
@@ -36,6 +38,7 @@ class OpenedModel:
     names: Mapping[str, str]
     model: Model
     new: Sequence[str] = ()
+    adapter: Adapter | None = None
 
 
 @dataclass(frozen=True)

@@ -60,9 +60,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
             f"{path} cannot be read ({error}); expected a file of the tokenizers library; download it again"
         ) from error
     config = read_optional_json(folder / "tokenizer_config.json")
-    special_ids = find_special_ids(
-        backend
-    )  # a config can clear the flag of one of these, but decode goes on skipping it
+    special_ids = find_special_ids(backend)  # a config can clear the flag of one, but decode goes on skipping it
     try:
         special_tokens = resolve_special_tokens(folder, config, backend)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
@@ -283,6 +281,10 @@ class Tokenizer:
     def shares_vocabulary(self, other: Tokenizer) -> bool:
         """Whether every id is the same token in both."""
         return self._backend.get_vocab() == other._backend.get_vocab()
+
+    def to_json(self) -> str:
+        """Write what the tokenizers library would read back; what a grammar's parser is made of."""
+        return self._backend.to_str()
 
     def save(self, folder: Path) -> None:
         """Copy the tokenizer's files, byte for byte, from the folder it was read from.

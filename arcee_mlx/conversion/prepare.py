@@ -132,8 +132,8 @@ def _open_source(folder: Path) -> OpenedModel:
     if opened.config.quantization or scales:
         file = opened.checkpoint.entries[scales[0]].file if scales else folder / "config.json"
         raise ConversionError(
-            f"{file}: is quantized for MLX already; expected float weights; load the model as it is, or convert the "
-            f"original checkpoint it was made from"
+            f"{file}: is quantized for MLX already; expected float weights; load the model as it is, convert the "
+            f"original checkpoint it was made from, or unpack this: python -m arcee_mlx.lm convert --dequantize"
         )
     if opened.config.down_proj_layout != "standard":
         raise ConversionError(

@@ -180,7 +180,7 @@ class Request:
 
     def add(self, chunk: GenerationChunk) -> None:
         """Hands over the next chunk; one with a stop_reason is the last."""
-        answer = None if chunk.stop_reason is None else join_chunks([*self._chunks, chunk])
+        answer = None if chunk.stop_reason is None else join_chunks([*self._chunks, chunk], request=self.checked)
         if answer is not None:
             self._settle(answer)
         with self._changed:
@@ -193,7 +193,11 @@ class Request:
     def end(self, reason: StopReason) -> None:
         """Ends it early with what was made."""
         made = self._chunks
-        answer = join_chunks(made, reason) if made else Answer("", (), reason, self._no_stats())
+        if made:
+            answer = join_chunks(made, reason, request=self.checked)
+        else:
+            whole = None if self.checked.grammar is None else self.checked.grammar.is_complete("")
+            answer = Answer("", (), reason, self._no_stats(), is_complete=whole, schema=self.checked.options.schema)
         self._settle(answer)
         with self._changed:
             self._answer, self._state, self._engine = answer, "done", None

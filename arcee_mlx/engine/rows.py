@@ -11,7 +11,6 @@ import mlx.core as mx
 from ..checkpoint.tokenizer import Tokenizer
 from ..errors import ArceeError, CallbackError
 from ..generate.row import Row
-from ..generate.sampling import LogitsProcessor
 from ..model.decoder import ArceeForCausalLM
 from .memory import RequestSize
 from .request import Request
@@ -56,7 +55,7 @@ class ActiveRow:
             cached_tokens=cached_tokens,
         )
         self.sampler = None if self.row.is_plain else self._guard_sampler(self.row.sampler)
-        self.processors = [self._guard_processor(process) for process in self.row.processors]
+        self.processors = [self._process] if self.row.processors else []
 
     @property
     def unread_tokens(self) -> int:
@@ -75,17 +74,25 @@ class ActiveRow:
             with suppress(Exception):
                 self.steps.close()
 
-    def _guard_processor(self, process: LogitsProcessor) -> LogitsProcessor:
-        def call(tokens: mx.array, logits: mx.array) -> mx.array:
-            if self.error is None:
-                try:
-                    # Another dtype would become that of the whole batch.
-                    return process(tokens, logits).astype(logits.dtype)
-                except BaseException as error:  # SystemExit, too, is this request's alone
-                    self.error, self.error_token = _as_arcee_error(error), self._sampled
+    def _process(self, tokens: mx.array, logits: mx.array) -> mx.array:
+        """All the row's processors in order, the logits as they were from the first failure on."""
+        if self.error is not None:
             return logits
-
-        return call
+        has_own = bool(self.request.logits_processors)
+        if has_own:
+            mx.eval(tokens, logits)  # what fails here is not the caller's
+        try:
+            changed = logits[:]  # another object, as the tokens below: the caller may write into it before it fails
+            for process in self.row.processors:
+                changed = process(tokens[:], changed)
+            changed = changed.astype(logits.dtype)  # another one would become that of the whole batch
+            if has_own:
+                # Some fail only when they are computed, which is to be here, not in the batch.
+                _compute(changed)
+            return changed
+        except BaseException as error:  # SystemExit, too, is this request's alone
+            self.error, self.error_token = _as_arcee_error(error), self._sampled
+            return logits
 
     def _guard_sampler(self, sample: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
         def call(logprobs: mx.array) -> mx.array:
@@ -99,6 +106,13 @@ class ActiveRow:
             return mx.argmax(logprobs, axis=-1)
 
         return call
+
+
+def _compute(array: mx.array) -> None:
+    """Raises what fails in it, and in work begun beside it, which MLX would report to whoever computes next."""
+    mx.eval(array)
+    mx.synchronize(mx.default_stream(mx.cpu))  # where linear algebra and files are read, with a GPU, too
+    mx.synchronize()
 
 
 def _as_arcee_error(error: BaseException) -> BaseException:

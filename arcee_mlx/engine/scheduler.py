@@ -17,9 +17,9 @@ from typing import Any
 import mlx.core as mx
 
 from ..checkpoint.tokenizer import Tokenizer
+from ..checkpoint.training_state import hash_weights
 from ..errors import ArceeError, DeviceError
 from ..generate.prefill import fill_cache, make_prompt_cache
-from ..generate.prompt_cache import hash_weights
 from ..model.decoder import ArceeForCausalLM
 from .batch import Batch, step_alone
 from .memory import MemoryBudget, RequestSize
@@ -96,7 +96,7 @@ class Scheduler:
     @cached_property
     def weights_sha256(self) -> str:
         """Of the model, for files that belong to it."""
-        return hash_weights(self._model)
+        return hash_weights(self._model.parameters())
 
     @property
     def prefix_room_bytes(self) -> int:

@@ -6,33 +6,27 @@ tied to weights and tokenizer, since keys, values and tokens mean nothing to oth
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..checkpoint.files import DTYPE_NAMES, TensorEntry, TensorWriter, read_rows, read_table, sync_file, sync_folder
-from ..errors import CheckpointError, InputError
+from ..checkpoint.files import DTYPE_NAMES, TensorEntry, read_rows
+from ..checkpoint.sealed import new_sealed_file, read_sealed_file
+from ..errors import InputError
 from ..generate.options import GenerateOptions
 from ..generate.prefill import fill_cache, make_prompt_cache
 from ..generate.prompt_cache import hash_text
-from ..model.json_file import open_regular, parse_object
 from .owner import Owner
 from .prefix_cache import CacheKind
 from .transcript import OVERFLOWS, Transcript, Turn
 
 _VERSION = 1
-_BEGINNING = b'{"__metadata__":{"sha256":"'  # of every session file, behind the length of the header
-_DIGEST = slice(8 + len(_BEGINNING), 8 + len(_BEGINNING) + 64)
-_BLOCK_BYTES = 2**20
 
 
 def save_session(path: str | os.PathLike[str], transcript: Transcript, owner: Owner) -> None:
@@ -54,28 +48,16 @@ def save_session(path: str | os.PathLike[str], transcript: Transcript, owner: Ow
         "cached_tokens": count,
     }
     shapes = {name: shape for i, layer in enumerate(layers) for name, shape in _shapes(i, layer, count).items()}
-    unfinished = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
     try:
-        metadata = {"sha256": "0" * 64, "session": json.dumps(content)}
-        writer = TensorWriter(unfinished, shapes, metadata=metadata)
-        try:
+        with new_sealed_file(path, "session", content, shapes) as writer:
             for i, layer in enumerate(layers):
                 for name, data in owner.call(partial(_copy_layer, i, layer, count)):
                     writer.write(name, data)
-            writer.close()
-        finally:
-            writer.abort()
-        _seal(unfinished)
-        os.replace(unfinished, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror}); expected a folder to write to; check space and rights"
-        ) from error
     except TypeError as error:
-        raise InputError(f"options cannot be saved ({error}); expected JSON values in chat_template_config") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+        raise InputError(
+            f"options cannot be saved ({error}); expected JSON values in chat_template_config, and a schema as a dict; "
+            f"give a type as the schema with each message instead"
+        ) from error
 
 
 def load_session(path: str | os.PathLike[str], owner: Owner) -> Transcript:
@@ -87,7 +69,7 @@ def load_session(path: str | os.PathLike[str], owner: Owner) -> Transcript:
         EngineClosedError: the engine is closed.
     """
     path = Path(path).expanduser()
-    content, entries = _read_checked(path)
+    content, entries = read_sealed_file(path, "session", "Session.save")
     if content.get("version") != _VERSION:
         raise InputError(
             f"{path}: is of format version {content.get('version')}; expected {_VERSION}; load it with the arcee_mlx that "
@@ -143,55 +125,6 @@ def _read_transcript(content: Mapping[str, Any]) -> Transcript:
 
 def _hash_text(owner: Owner, transcript: Transcript) -> str:
     return hash_text(owner.tokenizer, [token for turn in transcript.turns for token in turn.ids])
-
-
-# Sealing and checking.
-
-
-def _seal(path: Path) -> None:
-    """Writes the checksum of the whole file, its own place taken as zeros, into it."""
-    with open(path, "r+b") as file:
-        digest = _compute_digest(file)
-        file.seek(_DIGEST.start)
-        file.write(digest)
-        file.flush()
-        sync_file(file.fileno())
-
-
-def _compute_digest(file: BinaryIO) -> bytes:
-    file.seek(0)
-    head = file.read(_DIGEST.stop)
-    digest = hashlib.sha256(head[: _DIGEST.start] + b"0" * 64)
-    while block := file.read(_BLOCK_BYTES):
-        digest.update(block)
-    return digest.hexdigest().encode()
-
-
-def _read_checked(path: Path) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
-    """The description of a session and the table of its tensors, from a file whose checksum is right."""
-    try:
-        with open_regular(path) as file:
-            head = file.read(_DIGEST.stop)
-            if head[8 : _DIGEST.start] != _BEGINNING:
-                raise InputError(f"{path}: is no session's file, or damaged; expected one of Session.save; name that")
-            if _compute_digest(file) != head[_DIGEST]:
-                raise InputError(
-                    f"{path}: is damaged: its checksum is another; expected it as saved; take a copy of it"
-                )
-            length = int.from_bytes(head[:8], "little")
-            file.seek(8)
-            table = parse_object(file.read(length))
-            size = os.fstat(file.fileno()).st_size
-        entries = read_table(path, table, 8 + length, size)
-        return dict(parse_object(table["__metadata__"]["session"].encode())), entries
-    except FileNotFoundError:
-        raise InputError(f"{path}: does not exist; expected a file of Session.save; check the path") from None
-    except InputError:
-        raise
-    except (OSError, CheckpointError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{path}: cannot be read ({error}); expected a file of Session.save; check the path"
-        ) from error
 
 
 # Keys and values. Except for the table of shapes all of this is for the owner thread.

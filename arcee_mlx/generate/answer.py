@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
+from ..errors import IncompleteAnswerError, InputError
+from .json_schema import parse_answer
 from .options import StopReason
+from .request import Request
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class GenerationChunk:
         stats: so far.
         logprob: of the token, under the model itself; None unless `logprobs` was asked for.
         top_logprobs: of the likeliest tokens, the likeliest first; as many as `top_logprobs` asked for.
+        is_complete: on the last chunk, whether the answer is all that its schema, regex, grammar or choices ask for; None
+            before, and where they ask for nothing.
     """
 
     text: str
@@ -74,6 +80,7 @@ class GenerationChunk:
     stats: GenerationStats
     logprob: float | None = None
     top_logprobs: tuple[TokenLogprob, ...] = ()
+    is_complete: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,8 @@ class Answer:
         stats: of the whole; in a batch the times are those of the batch as this answer saw it.
         logprobs: of every token; empty unless asked for.
         top_logprobs: a tuple a token; empty unless asked for.
+        is_complete: whether it is all that its schema, regex, grammar or choices ask for; None where they ask for nothing.
+        schema: that was asked for; None without one.
     """
 
     text: str
@@ -95,21 +104,56 @@ class Answer:
     stats: GenerationStats
     logprobs: tuple[float, ...] = ()
     top_logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
+    is_complete: bool | None = None
+    schema: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def parsed(self) -> Any:
+        """What the text means: an instance of the model or dataclass that was the schema, else what json.loads gives.
+
+        Raises:
+            InputError: no schema was asked for.
+            IncompleteAnswerError: the answer was cut off; `text` is what was made.
+            ValueError: the type's own checks refuse what its JSON schema allows (pydantic.ValidationError is one).
+        """
+        if self.schema is None:
+            raise InputError("the answer has no schema; expected one in its options; read the text yourself")
+        check_complete(self.is_complete, self.text, self.stop_reason)
+        return parse_answer(self.schema, self.text)
 
 
-def join_chunks(chunks: Sequence[GenerationChunk], stop_reason: StopReason | None = None) -> Answer:
+def check_complete(is_complete: bool | None, text: str, stop_reason: StopReason | None) -> None:
+    """Raises IncompleteAnswerError if an answer was cut off before it was what its grammar asks for."""
+    if is_complete is False:
+        raise IncompleteAnswerError(
+            f"the answer is incomplete: {text[-60:]!r} is where it ended ({stop_reason}); expected all that its schema, "
+            f"regex, grammar or choices ask for; allow more max_tokens, or read what was made (.text)",
+            text,
+        )
+
+
+def join_chunks(
+    chunks: Sequence[GenerationChunk], stop_reason: StopReason | None = None, *, request: Request | None = None
+) -> Answer:
     """The answer that chunks, at least one, make up.
 
     Args:
         stop_reason: why they end early; None where the last one says why.
+        request: that they answer, which says what form the answer was to have.
     """
     reason = stop_reason or chunks[-1].stop_reason
     assert reason is not None
+    text = "".join(chunk.text for chunk in chunks)
+    is_complete = chunks[-1].is_complete
+    if request is not None and request.grammar is not None and is_complete is None:
+        is_complete = request.grammar.is_complete(text)
     return Answer(
-        text="".join(chunk.text for chunk in chunks),
+        text=text,
         tokens=tuple(chunk.token for chunk in chunks),
         stop_reason=reason,
         stats=chunks[-1].stats,
         logprobs=tuple(chunk.logprob for chunk in chunks if chunk.logprob is not None),
         top_logprobs=tuple(chunk.top_logprobs for chunk in chunks if chunk.top_logprobs),
+        is_complete=is_complete,
+        schema=None if request is None else request.options.schema,
     )

@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_sampling_arguments(parser)
     _add_answer_arguments(parser)
+    add_form_arguments(parser)
     _add_draft_arguments(parser)
     memory = add_memory_arguments(parser)
     memory.add_argument("--prompt-cache-file", metavar="FILE", help="from `arcee-mlx cache-prompt` or mlx_lm's")
@@ -122,6 +123,19 @@ def _add_answer_arguments(parser: argparse.ArgumentParser) -> None:
     answer.add_argument("--num-return-sequences", type=int, metavar="N", help="of beams: answers to print (1)")
 
 
+def add_form_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what says which form an answer has; one of them at most."""
+    forms = parser.add_argument_group(
+        "form of the answer (one of them; exit status 1 if it is cut off before it is whole)"
+    )
+    forms.add_argument("--schema", metavar="FILE", type=Path, help="JSON that meets the JSON schema in a file")
+    forms.add_argument(
+        "--regex", metavar="PATTERN", help="text that a regular expression of Python's matches as a whole"
+    )
+    forms.add_argument("--grammar", metavar="FILE", type=Path, help="text of a grammar in llguidance's Lark")
+    forms.add_argument("--choices", nargs="+", default=[], metavar="TEXT", help="one of these texts")
+
+
 def _add_draft_arguments(parser: argparse.ArgumentParser) -> None:
     drafts = parser.add_argument_group("speculative decoding (the answer stays the same)")
     drafts.add_argument(
@@ -158,6 +172,10 @@ def read_options(args: argparse.Namespace) -> GenerateOptions:
         values["logit_bias"] = dict(_read_bias(text) for text in values["logit_bias"])
     if "num_draft_tokens" in values and values["num_draft_tokens"] is None:
         values["num_draft_tokens"] = _DRAFT_MODEL_TOKENS if args.draft_model is not None else 0
+    if values.get("schema") is not None:
+        values["schema"] = _read_schema(values["schema"])
+    if values.get("grammar") is not None:
+        values["grammar"] = _read_file("--grammar", values["grammar"])
     values["chat_template_config"] = _read_template_config(args.chat_template_config)
     return GenerateOptions(**values)
 
@@ -168,6 +186,20 @@ def _read_bias(text: str) -> tuple[int, float]:
         return int(token), float(bias)
     except ValueError as error:
         raise InputError(f"--logit-bias is {text!r}; expected ID=NUMBER, such as 42=-5") from error
+
+
+def _read_schema(path: Path) -> Any:
+    try:
+        return json.loads(_read_file("--schema", path))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"--schema {path} is not JSON ({error}); expected a JSON schema") from error
+
+
+def _read_file(argument: str, path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{argument} {path} cannot be read ({error}); expected a text file") from error
 
 
 def _read_template_config(text: str | None) -> dict[str, Any]:

@@ -178,4 +178,4 @@ def _run(model: ArceeForCausalLM, starts: Sequence[_Start], max_batch_size: int,
                 if response.finish_reason is None:
                     batch.remove([response.uid])
     mx.synchronize(batch.stream)  # one step ran ahead of the last token read
-    return [join_chunks(chunks[uid]) for uid in uids]
+    return [join_chunks(chunks[uid], request=rows[uid].request) for uid in uids]

@@ -13,9 +13,9 @@ from dataclasses import asdict
 from typing import Any
 
 from ..checkpoint.tokenizer import Tokenizer
-from ..errors import InputError
+from ..errors import IncompleteAnswerError, InputError
 from ..model.decoder import ArceeForCausalLM
-from .answer import Answer, GenerationChunk, TokenLogprob, join_chunks
+from .answer import Answer, GenerationChunk, TokenLogprob, check_complete, join_chunks
 from .arguments import add_arguments, read_options
 from .batch import generate_answers
 from .beam import Beam, beam_search
@@ -110,7 +110,9 @@ def _print_answer(chunks: Iterator[GenerationChunk], tokenizer: Tokenizer, args:
         print(_dump({"text": "", "stop_reason": "cancelled", "tokens": []}))
     if made and not args.quiet:
         _print_stats(made[-1], interrupted)
-    return 130 if interrupted else 0
+    if interrupted:
+        return 130
+    return _say_incomplete([join_chunks(made)]) if made else 0
 
 
 def _print_answers(answers: Sequence[Answer], tokenizer: Tokenizer, args: argparse.Namespace) -> int:
@@ -122,6 +124,17 @@ def _print_answers(answers: Sequence[Answer], tokenizer: Tokenizer, args: argpar
         tokens = sum(len(answer.tokens) for answer in answers)
         print(f"==========\n{len(answers)} answers, {tokens} tokens, seeds from {answers[0].stats.seed} on; peak memory "
               f"{answers[-1].stats.peak_memory_bytes / 1e9:.3f} GB", file=sys.stderr)  # fmt: skip
+    return _say_incomplete(answers)
+
+
+def _say_incomplete(answers: Sequence[Answer]) -> int:
+    """The exit status."""
+    try:
+        for answer in answers:
+            check_complete(answer.is_complete, answer.text, answer.stop_reason)
+    except IncompleteAnswerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -148,6 +161,8 @@ def _as_json(answer: Answer, tokenizer: Tokenizer) -> dict[str, Any]:
         return {**asdict(top), "text": tokenizer.decode([top.token])}
 
     values: dict[str, Any] = {"text": answer.text, "stop_reason": answer.stop_reason, "tokens": list(answer.tokens)}
+    if answer.is_complete is not None:
+        values["is_complete"] = answer.is_complete
     if answer.logprobs:
         values["logprobs"] = list(answer.logprobs)
     if answer.top_logprobs:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from ..errors import InputError
 from ..model.config import ArceeConfig
 from ..model.relu2.kernels import MAX_TOKENS
+from .json_schema import check_schema
 
 StopReason = Literal["eos", "stop_string", "max_tokens", "context_full", "tool_call", "cancelled", "deadline", "error"]
 
@@ -43,6 +44,12 @@ class GenerateOptions:
         seed: of the sampling, 0 to 2**64 - 1; None draws one.
         stop: strings that end the answer and are not part of it.
         extra_eos_tokens: texts of further single tokens that end the answer.
+        schema: what the answer is, as JSON and nothing else: a JSON schema as a dict (True for any JSON), a Pydantic model, a
+            dataclass, a TypedDict, or a type hint made of them and of basic types. `Answer.parsed` reads it back.
+            Refused where a keyword cannot be enforced. It is written without white space.
+        regex: what the whole answer matches, as Python's `re.fullmatch` does.
+        grammar: what the answer is, in llguidance's Lark, from the rule `start` on.
+        choices: texts of which the answer is one. Of schema, regex, grammar and choices there can be one.
         prefill_response: how the answer begins; the model goes on from there, and what it adds is what is given. For a
             prompt of messages only.
         chat_template_config: further variables for the chat template. For a prompt of messages only.
@@ -72,6 +79,10 @@ class GenerateOptions:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     extra_eos_tokens: tuple[str, ...] = ()
+    schema: Any = field(default=None, hash=False)
+    regex: str | None = None
+    grammar: str | None = None
+    choices: tuple[str, ...] = ()
     prefill_response: str | None = None
     chat_template_config: Mapping[str, Any] = field(default_factory=dict, hash=False)
     prefill_step_size: int = 2048
@@ -110,7 +121,7 @@ class GenerateOptions:
         if not all(_is_finite(bias) for bias in self.logit_bias.values()):
             self._refuse("logit_bias", "token ids with finite numbers")
         self._check_mapping("chat_template_config", str, "names with values")
-        for name in ("stop", "extra_eos_tokens"):
+        for name in ("stop", "extra_eos_tokens", "choices"):
             values = getattr(self, name)
             if isinstance(values, str) or not isinstance(values, Iterable) or not all(map(_is_text, values)):
                 self._refuse(name, "a tuple of strings that are not empty")
@@ -130,6 +141,23 @@ class GenerateOptions:
             )
         if self.max_matching_ngram_size is not None and not self.num_draft_tokens:
             raise InputError("max_matching_ngram_size without num_draft_tokens: nothing is drafted; give both")
+
+        self._check_grammar()
+
+    @property
+    def has_grammar(self) -> bool:
+        """Whether the answer is to be of a certain form."""
+        return self.schema is not None or self.regex is not None or self.grammar is not None or bool(self.choices)
+
+    def _check_grammar(self) -> None:
+        if self.schema is not None:
+            check_schema(self.schema)
+        for name in ("regex", "grammar"):
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
+                self._refuse(name, "text")
+        given = [name for name in ("schema", "regex", "grammar") if getattr(self, name) is not None]
+        if len(given := given + ["choices"] * bool(self.choices)) > 1:
+            raise InputError(f"{' and '.join(given)} together; expected one of them; a schema or grammar can say both")
 
     def resolve(self, generation_config: Mapping[str, Any], config: ArceeConfig) -> GenerateOptions:
         """Fills in what the caller left open and checks what depends on the model.

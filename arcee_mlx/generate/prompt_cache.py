@@ -10,16 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
 from .. import upstream
 from ..checkpoint.tokenizer import Tokenizer
+from ..checkpoint.training_state import hash_weights
 from ..errors import InputError
 from ..model.decoder import ArceeForCausalLM
 from .options import GenerateOptions, context_tokens
@@ -68,7 +69,7 @@ class PromptCache:
 
     def check_fits(self, options: GenerateOptions, model: ArceeForCausalLM) -> None:
         """Raises InputError where the options ask for another kind of KV cache, or the weights are not those it was made with."""
-        if self.weights_sha256 != hash_weights(model):
+        if self.weights_sha256 != hash_weights(model.parameters()):
             raise InputError(
                 "prompt_cache was made with other weights; expected this model's, adapters included; make it again"
             )
@@ -120,7 +121,7 @@ def cache_prompt(
     request = read_request(model.config, tokenizer, ids, read)
     layers = make_prompt_cache(model, request.options)
     fill_cache(model, layers, request.ids, options.prefill_step_size, prompt_progress or (lambda *_: None))
-    return PromptCache(layers, tuple(request.ids), hash_weights(model))
+    return PromptCache(layers, tuple(request.ids), hash_weights(model.parameters()))
 
 
 def save_prompt_cache(
@@ -198,13 +199,13 @@ def load_prompt_cache(
     if ids is None:
         if not _is_name_of(made_with, model_name, _folder(model)):
             raise _of_another(name, "model", made_with, f"not with {model_name or _folder(model)}")
-    elif metadata.get("weights_sha256") != hash_weights(model):
+    elif metadata.get("weights_sha256") != hash_weights(model.parameters()):
         raise _of_another(name, "model", made_with, f"whose weights are not those of {model_name or _folder(model)}")
     elif len(ids) != length or metadata.get("text_sha256") != hash_text(tokenizer, ids):
         raise _of_another(name, "tokenizer", made_with, "its tokens are another text in this tokenizer")
     if length >= context_tokens(model.config) and "RotatingKVCache" not in kinds:
         raise InputError(f"prompt cache file {name}: fills all {length} positions of the model; expected fewer")
-    return PromptCache(layers, ids, hash_weights(model))
+    return PromptCache(layers, ids, hash_weights(model.parameters()))
 
 
 def _of_another(name: str, what: str, made_with: str, detail: str) -> InputError:
@@ -247,12 +248,3 @@ def hash_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     except InputError:  # an id this tokenizer does not have
         return ""
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def hash_weights(model: ArceeForCausalLM) -> str:
-    """Of the names, shapes and first numbers of all weights, in whichever dtype they are computed with."""
-    weights: Mapping[str, mx.array] = dict(tree_flatten(model.parameters()))
-    first = {name: array.flatten()[:8].astype(mx.float32) for name, array in weights.items()}
-    mx.eval(first)
-    numbers = {name: (weights[name].shape, array.tolist()) for name, array in sorted(first.items())}
-    return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()

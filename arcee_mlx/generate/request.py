@@ -13,6 +13,7 @@ import numpy as np
 from ..checkpoint.tokenizer import Tokenizer
 from ..errors import InputError
 from ..model.config import ArceeConfig
+from .grammar import Grammar, compile_grammar
 from .options import GenerateOptions, StopReason, context_tokens
 from .sampling import draw_seed
 
@@ -29,6 +30,7 @@ class Request:
         eos: ids that end the answer.
         limit: tokens to make at most.
         limit_reason: why the answer ended if it reaches that.
+        grammar: what the answer is to be; None for anything.
         unseen_tokens: tokens that stand before the prompt in a cache whose text is not known.
     """
 
@@ -37,6 +39,7 @@ class Request:
     eos: frozenset[int]
     limit: int
     limit_reason: StopReason
+    grammar: Grammar | None = None
     unseen_tokens: int = 0
 
 
@@ -67,6 +70,7 @@ def read_request(
         eos=tokenizer.eos_token_ids | _extra_eos(tokenizer, options),
         limit=limit,
         limit_reason="max_tokens" if limit == asked else "context_full",
+        grammar=compile_grammar(tokenizer, options),
         unseen_tokens=unseen_tokens,
     )
 

@@ -11,6 +11,7 @@ import mlx.core as mx
 from ..checkpoint.tokenizer import Tokenizer
 from ..model.decoder import ArceeForCausalLM
 from .answer import GenerationChunk, GenerationStats, TokenLogprob
+from .grammar import GrammarProcessor
 from .logprobs import LogprobRecorder
 from .options import StopReason
 from .request import Request
@@ -22,6 +23,7 @@ class Row:
     """What is one answer's own, whether it is made alone or in a batch.
 
     Attributes:
+        request: that is answered.
         sampler: scores (1, V) -> token (1,).
         processors: to be called in order, once a step, with all tokens but the first `hidden_tokens`.
     """
@@ -46,6 +48,9 @@ class Row:
         options = request.options
         self._own_sampler = Sampler(options, xtc_keeps(tokenizer, request.eos, model.config.vocab_size))
         self.sampler: Callable[[mx.array], mx.array] = self._own_sampler
+        grammar = None
+        if request.grammar is not None:
+            grammar = GrammarProcessor(request.grammar, request.eos, prompt_tokens=len(request.ids) - hidden_tokens)
         self.processors = make_logits_processors(
             options,
             vocab_size=tokenizer.vocab_size,
@@ -53,12 +58,15 @@ class Row:
             prompt_tokens=len(request.ids) - hidden_tokens,
             hidden_ids=request.ids[:hidden_tokens],
             own=own_processors,
+            grammar=grammar,
         )
+        self._texts: list[str] = []  # of an answer with a grammar
+        self._own_ends = tokenizer.eos_token_ids  # which a grammar lets through where the answer is whole only
         self._recorder = LogprobRecorder(options.top_logprobs) if options.logprobs else None
         if self._recorder:
             self.processors.insert(0, self._recorder.observe)
             self.sampler = self._recorder.wrap(self.sampler)
-        self._request = request
+        self.request = request
         self._detokenizer, self._matcher = tokenizer.detokenizer(), StopMatcher(options.stop)
         self._prompt_tokens = request.unseen_tokens + len(request.ids)
         self._cached_tokens = request.unseen_tokens + cached_tokens
@@ -68,7 +76,7 @@ class Row:
     @property
     def is_plain(self) -> bool:
         """Whether the likeliest token of the unchanged logits is all it takes, so that a batch may draw it at once."""
-        return self._request.options.temp == 0 and not self.processors
+        return self.request.options.temp == 0 and not self.processors
 
     def copy_sampler(self) -> Sampler:
         """One that draws as `sampler` will from here on, and leaves that as it is."""
@@ -89,23 +97,33 @@ class Row:
         if self._recorder:
             logprob, top = self._recorder.read()
         text, reason = self._write(token)
-        return GenerationChunk(text, token, reason, self._stats(now_s, drafted, accepted), logprob, top)
+        stats = self._stats(now_s, drafted, accepted)
+        return GenerationChunk(text, token, reason, stats, logprob, top, self._is_complete(token, text, reason))
+
+    def _is_complete(self, token: int, text: str, reason: StopReason | None) -> bool | None:
+        grammar = self.request.grammar
+        if grammar is None:
+            return None
+        self._texts.append(text)
+        if reason is None:
+            return None
+        return token in self._own_ends or grammar.is_complete("".join(self._texts))
 
     def _write(self, token: int) -> tuple[str, StopReason | None]:
         reason: StopReason | None = None
         text = ""
-        if token in self._request.eos:
+        if token in self.request.eos:
             reason = "eos"
         else:
             text = self._matcher.add(self._detokenizer.add(token))
-            if not self._matcher.stopped and self._count == self._request.limit:
-                reason = self._request.limit_reason
+            if not self._matcher.stopped and self._count == self.request.limit:
+                reason = self.request.limit_reason
         if reason is not None:
             text += self._matcher.add(self._detokenizer.finish()) + self._matcher.finish()
         return text, "stop_string" if self._matcher.stopped else reason
 
     def _stats(self, now_s: float, drafted: int, accepted: int) -> GenerationStats:
-        seed = self._request.options.seed
+        seed = self.request.options.seed
         assert seed is not None
         return GenerationStats(
             prompt_tokens=self._prompt_tokens,

@@ -102,6 +102,7 @@ def make_logits_processors(
     prompt_tokens: int = 0,
     hidden_ids: Sequence[int] = (),
     own: Sequence[LogitsProcessor] = (),
+    grammar: LogitsProcessor | None = None,
 ) -> list[LogitsProcessor]:
     """What changes the logits before sampling, in order.
 
@@ -111,7 +112,8 @@ def make_logits_processors(
         model_vocab_size: ids the model gives logits for.
         prompt_tokens: of the tokens a processor is called with, those that are not the answer's.
         hidden_ids: tokens before those, which a processor is not called with, being in the KV cache already.
-        own: the caller's, after all others.
+        own: the caller's, after those.
+        grammar: lets through what may come next, and so comes last.
     """
     processors: list[LogitsProcessor] = []
     if options.logit_bias:
@@ -121,7 +123,9 @@ def make_logits_processors(
     if options.frequency_penalty or options.presence_penalty:
         processors.append(_answer_penalties(options.frequency_penalty, options.presence_penalty, prompt_tokens))
     processors += [_with_tokens_before(hidden_ids, _checked(process)) for process in own]
-    if vocab_size < model_vocab_size:
+    if grammar is not None:
+        processors.append(grammar)
+    elif vocab_size < model_vocab_size:
         known = mx.arange(model_vocab_size) < vocab_size
         processors.append(lambda _tokens, logits: mx.where(known, logits, -mx.inf))
     return processors

@@ -24,6 +24,7 @@ import mlx.core as mx
 from ..checkpoint.tokenizer import Tokenizer
 from ..errors import InputError
 from ..model.decoder import ArceeForCausalLM
+from .grammar import GrammarProcessor
 from .options import GenerateOptions, context_tokens
 from .prefill import fill_cache
 from .prompt_cache import PromptCache
@@ -69,6 +70,18 @@ class NgramDrafter:
             if place is not None:  # a match that overlaps the end is a loop, and goes round
                 return list(islice(cycle(ids[place : place + n]), n))
         return []
+
+
+class GrammarDrafter:
+    """What a grammar alone determines to come next; where it determines nothing, what another drafter guesses."""
+
+    def __init__(self, grammar: GrammarProcessor, other: Drafter, *, prompt_tokens: int) -> None:
+        self._grammar, self._other, self._prompt_tokens = grammar, other, prompt_tokens
+
+    def propose(self, ids: list[int], n: int) -> list[int]:
+        """See `Drafter`. Which tokens write it is still the model's to say: a draft is verified like any other."""
+        self._grammar.move_to(ids[self._prompt_tokens :])
+        return self._grammar.forced_tokens()[:n] or self._other.propose(ids, n)
 
 
 class ModelDrafter:
@@ -189,15 +202,26 @@ def make_drafter(
     options = request.options
     if not options.num_draft_tokens:
         return None
+    drafter: Drafter
     if draft_model is None:
-        return NgramDrafter(options.max_matching_ngram_size or DEFAULT_NGRAM_SIZE)
-    processors = make_logits_processors(
-        options,
-        vocab_size=tokenizer.vocab_size,
-        model_vocab_size=draft_model.config.vocab_size,
-        prompt_tokens=len(request.ids),
-    )
-    return ModelDrafter(draft_model, row, processors, options.prefill_step_size)
+        drafter = NgramDrafter(options.max_matching_ngram_size or DEFAULT_NGRAM_SIZE)
+    else:
+        processors = make_logits_processors(
+            options,
+            vocab_size=tokenizer.vocab_size,
+            model_vocab_size=draft_model.config.vocab_size,
+            prompt_tokens=len(request.ids),
+            grammar=_follow(request),
+        )
+        drafter = ModelDrafter(draft_model, row, processors, options.prefill_step_size)
+    grammar = _follow(request)
+    return GrammarDrafter(grammar, drafter, prompt_tokens=len(request.ids)) if grammar else drafter
+
+
+def _follow(request: Request) -> GrammarProcessor | None:
+    if request.grammar is None:
+        return None
+    return GrammarProcessor(request.grammar, request.eos, prompt_tokens=len(request.ids))
 
 
 def check_drafts(

@@ -15,7 +15,7 @@ from ..checkpoint.tokenizer import Tokenizer
 from ..errors import ArceeError
 from ..model.decoder import ArceeForCausalLM
 from ..thread_end import wait_for_this_thread_at_exit
-from .answer import GenerationChunk
+from .answer import GenerationChunk, check_complete
 from .options import GenerateOptions
 from .prefill import PromptProgress, make_prompt_cache
 from .prompt_cache import PromptCache
@@ -53,6 +53,8 @@ def generate(
     Raises:
         InputError: the prompt is empty, too long, or holds an id the model does not have; an option does not fit.
         TokenizerError: messages for a checkpoint without a chat template, or a template that fails.
+        GrammarError: a schema, regex, grammar or choices that cannot be enforced.
+        IncompleteAnswerError: the answer was cut off before it was what they ask for; `text` is what was made.
         CallbackError: one of logits_processors raised, or did not return logits; the message names it.
     """
     chunks = stream_generate(
@@ -64,7 +66,12 @@ def generate(
         draft_model=draft_model,
         logits_processors=logits_processors,
     )
-    return "".join(chunk.text for chunk in chunks)
+    text, last = "", None
+    for last in chunks:
+        text += last.text
+    if last is not None:
+        check_complete(last.is_complete, text, last.stop_reason)
+    return text
 
 
 def stream_generate(

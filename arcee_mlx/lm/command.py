@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from ..errors import InputError
 from ..model.config import read_config
 from ..program import run_reporting
 from .awq import refuse_by_neuron
+from .dequantize import standard_when_dequantized
+from .training import resumable_lora
 
 # Commands -> the options that say which model they work on. Without one, mlx-lm would download a model of its own choice.
 COMMANDS: dict[str, tuple[str, ...]] = {
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"usage: {NAME} COMMAND ...\n\nmlx-lm's commands on Arcee models: {', '.join(COMMANDS)}.")
-        print("COMMAND --help lists a command's options, which are mlx-lm's.")
+        print("COMMAND --help lists a command's options, which are mlx-lm's; lora has --resume beside them.")
         return 0 if arguments else 2
     return run_reporting(lambda: run_command(arguments[0], arguments[1:]))
 
@@ -69,8 +71,8 @@ def run_command(command: str, arguments: list[str]) -> int:
         raise InputError(f"{package} is not installed; expected it for {command}; pip install 'mlx-lm[{extra}]'")
     if command == "server":
         _check_model(arguments)
-    _check_layout(command, arguments)
-    with _own_process(command, arguments):
+    _check_weights(command, arguments)
+    with _own_process(command, arguments), _extend(command):
         upstream.mlx_lm_module("cli").main()
     return 0
 
@@ -83,23 +85,29 @@ def _check_model(arguments: list[str]) -> None:
         check_generates(open_model(resolve_folder(model)).config)
 
 
-def _check_layout(command: str, arguments: list[str]) -> None:
-    """Refuses what mlx-lm cannot do to down projections stored by neuron, before it downloads data or trains."""
+def _check_weights(command: str, arguments: list[str]) -> None:
+    """Refuses what mlx-lm cannot do to the weights as they are stored, before it downloads data or trains."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--model", "-m", "--hf-path")
     parser.add_argument("--fine-tune-type")
-    parser.add_argument("--dequantize", "-d", action="store_true")
     parser.add_argument("--config", "-c")
     given = parser.parse_known_args(arguments)[0]
     values = _read_yaml(given.config) if command == "lora" and given.config else {}
     model = given.model or values.get("model")
+    kind = (given.fine_tune_type or values.get("fine_tune_type")) if command == "lora" else None
     tool = command if command in ("awq", "dwq", "dynamic_quant", "gptq") else ""
-    if command == "lora" and (given.fine_tune_type or values.get("fine_tune_type")) == "dora":
+    if kind == "dora":
         tool = "lora --fine-tune-type dora"
-    if command in ("convert", "fuse") and given.dequantize:
-        tool = f"{command} --dequantize"
-    if tool and model:
-        refuse_by_neuron(tool, read_config(resolve_folder(model)))
+    if model and (tool or kind == "full"):
+        config = read_config(resolve_folder(model))
+        if tool:
+            refuse_by_neuron(tool, config)
+        elif config.quantization is not None:
+            raise InputError(
+                f"lora --fine-tune-type full on {config.source}, whose weights are quantized, so that they have no "
+                f"gradient; expected float weights; take --fine-tune-type lora, or unpack it first: "
+                f"python -m arcee_mlx.lm convert -d"
+            )
 
 
 def _read_yaml(path: str) -> Mapping[str, Any]:
@@ -110,6 +118,13 @@ def _read_yaml(path: str) -> Mapping[str, Any]:
     except (OSError, ValueError, yaml.YAMLError):
         return {}  # mlx-lm reads it again, and says what is wrong with it
     return values if isinstance(values, dict) else {}
+
+
+def _extend(command: str) -> AbstractContextManager[None]:
+    """What we add to a command while it runs."""
+    if command == "lora":
+        return resumable_lora()
+    return standard_when_dequantized(command) if command in ("convert", "fuse") else nullcontext()
 
 
 @contextmanager

@@ -8,9 +8,11 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.adapters import read_adapter
 from ..checkpoint.hub import resolve_folder
 from ..checkpoint.opening import OpenedModel, open_model
 from ..checkpoint.tokenizer import read_tokenizer
@@ -22,7 +24,7 @@ from .text import Windows, cut_windows, read_text
 from .text_run import Progress, count_part
 
 _WINDOWS, _WINDOW_TOKENS = 64, 512
-_TEXT_OPTIONS = ("text", "sequence_length", "stride", "num_samples", "reference")
+_TEXT_OPTIONS = ("adapter_path", "text", "sequence_length", "stride", "num_samples", "reference")
 _TASK_OPTIONS = ("num_shots", "limit", "batch_size")
 
 
@@ -30,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options to a parser; `run` takes what it parses."""
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder or Hugging Face Hub id")
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id")
+    parser.add_argument("--adapter-path", metavar="PATH|ID", help="LoRA or DoRA adapter to put on, mlx-lm's or PEFT's")
     text = parser.add_argument_group("perplexity of a text, in overlapping windows that predict each token once")
     text.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to read (default: one of the package's)")
     text.add_argument(
@@ -73,26 +76,30 @@ def _run_text(args: argparse.Namespace) -> int:
     file = args.text or DEFAULT_TEXT
     text = read_text(file)
     folder = resolve_folder(args.model, revision=args.revision)
-    opened = open_model(folder)
+    opened, name = open_model(folder), args.model
+    if args.adapter_path is not None:
+        opened = replace(opened, adapter=read_adapter(args.adapter_path, opened.model))
+        name = f"{args.model} with {args.adapter_path}"
     reference = None if args.reference is None else open_model(resolve_folder(args.reference))
     windows = _read_windows(args, opened, reference, text)
     total = count_part(opened) if reference is None else count_bytes(reference, opened)
     comparison = None
     with _show_progress(total) as on_progress:
         if reference is None:
-            perplexities = {args.model: measure_perplexity(opened, windows, on_progress=on_progress)}
+            perplexities = {name: measure_perplexity(opened, windows, on_progress=on_progress)}
         else:
             comparison = compare(reference, opened, windows.ids, scored=windows.scored, on_progress=on_progress)
-            perplexities = _read_perplexities(args, comparison, windows)
+            perplexities = _read_perplexities(name, args.reference, comparison, windows)
     source = {
         "model": args.model,
+        "adapter": args.adapter_path,
         "reference": args.reference,
         "text": file.name,
         "windows": windows.ids.shape[0],
         "window_tokens": windows.ids.shape[1],
     }
     if args.json:
-        values = source | perplexities[args.model].to_dict()
+        values = source | perplexities[name].to_dict()
         print(json.dumps(values | {"comparison": comparison and comparison.to_dict()}, allow_nan=False))
     else:
         print("\n".join(describe(source, perplexities, comparison)))
@@ -106,10 +113,10 @@ def describe(
 
     Args:
         source: model, text, windows, window_tokens.
-        perplexities: of one model or two, by their names.
+        perplexities: of the model, and of the reference if there is one, by their names.
         comparison: of the two.
     """
-    measured = perplexities[source["model"]]
+    measured = next(iter(perplexities.values()))
     yield (
         f"{source['text']}: {source['windows']:,} windows of {source['window_tokens']:,} tokens predict "
         f"{measured.tokens:,} tokens, {measured.text_bytes:,} bytes"
@@ -149,15 +156,15 @@ def _read_windows(args: argparse.Namespace, opened: OpenedModel, reference: Open
     )
 
 
-def _read_perplexities(args: argparse.Namespace, comparison: Comparison, windows: Windows) -> dict[str, Perplexity]:
+def _read_perplexities(model: str, reference: str, comparison: Comparison, windows: Windows) -> dict[str, Perplexity]:
     named = {
-        args.model: (comparison.perplexity, comparison.perplexity_error),
-        args.reference: (comparison.perplexity_reference, comparison.perplexity_reference_error),
+        model: (comparison.perplexity, comparison.perplexity_error),
+        reference: (comparison.perplexity_reference, comparison.perplexity_reference_error),
     }
     found = {}
     for name, (perplexity, error) in named.items():
         if perplexity is None or error is None:
-            raise InputError(f"{args.model} and {args.reference}: expected heads in both; name causal models")
+            raise InputError(f"{model} and {reference}: expected heads in both; name causal models")
         found[name] = Perplexity(
             tokens=windows.tokens, text_bytes=windows.text_bytes, perplexity=perplexity, standard_error=error
         )

@@ -16,6 +16,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from .. import upstream
+from ..checkpoint.adapter_files import Adapter
 from ..checkpoint.files import TensorEntry, read_rows
 from ..checkpoint.names import find_prefix, is_causal
 from ..checkpoint.quantization import Quantization, read_quantization
@@ -60,6 +61,47 @@ class WeightReader:
         scales = read_rows(scales_entry, start, stop)
         biases = self.entries.get(f"{path}.biases")
         return dequantize(values, scales, None if biases is None else read_rows(biases, start, stop), form)
+
+
+class AdaptedReader(WeightReader):
+    """Reads a checkpoint's weights with an adapter in them, as if it had been fused in float32."""
+
+    def __init__(self, entries: Mapping[str, TensorEntry], table: Mapping[str, Any] | None, adapter: Adapter) -> None:
+        """Args: as WeightReader; the adapter."""
+        super().__init__(entries, table)
+        self._adapter = adapter
+
+    def vector(self, key: str) -> mx.array:
+        path, _, name = key.rpartition(".")
+        own = self._adapter.weights.get(path, {})
+        return own[name].astype(mx.float32) if name in own else super().vector(key)
+
+    def rows(self, path: str, start: int, stop: int) -> mx.array:
+        own = self._adapter.weights.get(path, {})
+        name = next((name for name in ("weight", "weight_by_neuron") if name in own), None)
+        if name is not None:
+            return own[name][start:stop].astype(mx.float32)
+        return self._update(path, super().rows(path, start, stop), start, stop)
+
+    def matrix(self, path: str) -> mx.array:
+        own = self._adapter.weights.get(path, {})
+        if "weight" in own:
+            return own["weight"].astype(mx.float32)
+        if "weight_by_neuron" in own:
+            return own["weight_by_neuron"].astype(mx.float32).T
+        matrix = super().matrix(path)
+        return self._update(path, matrix, 0, matrix.shape[0])
+
+    def _update(self, path: str, rows: mx.array, start: int, stop: int) -> mx.array:
+        """Rows of a matrix as nn.Linear or nn.Embedding has it, with the adapter's low-rank update."""
+        if (update := self._adapter.low_rank.get(path)) is None:
+            return rows
+        a, b = update.a.astype(mx.float32), update.b.astype(mx.float32)
+        change = a[start:stop] @ b if path.endswith("embed_tokens") else (a @ b[:, start:stop]).T
+        rows = rows + update.scale * change
+        if update.magnitude is not None:  # DoRA's
+            rows *= (update.magnitude[start:stop].astype(mx.float32) / mx.linalg.norm(rows, axis=1))[:, None]
+        return rows
 
 
 def dequantize(codes: mx.array, scales: mx.array, biases: mx.array | None, form: Quantization) -> mx.array:

@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..model.decoder import DecoderLayer
 from ..model.inputs import check_ids
 from .divergence import FinalStates
-from .layers import LayerStream, WeightReader, check_finite
+from .layers import AdaptedReader, LayerStream, WeightReader, check_finite
 
 _SEQUENCES_TOGETHER = 4
 _BLOCK_BYTES = 2**28  # of hidden states; for each block of a text the weights are read anew
@@ -28,7 +28,9 @@ class TextRun:
     def __init__(self, opened: OpenedModel, ids: mx.array) -> None:
         """Embeds int (N, T)."""
         entries = {key: opened.checkpoint.entries[name] for key, name in opened.names.items()}
-        self.stream = LayerStream(opened.config, WeightReader(entries, opened.config.quantization))
+        table = opened.config.quantization
+        adapted = opened.adapter and AdaptedReader(entries, table, opened.adapter)
+        self.stream = LayerStream(opened.config, adapted or WeightReader(entries, table))
         self.name = opened.checkpoint.folder.name
         starts = range(0, ids.shape[0], _SEQUENCES_TOGETHER)
         self.states = [self.stream.embed(ids[start : start + _SEQUENCES_TOGETHER]) for start in starts]

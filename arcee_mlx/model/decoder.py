@@ -22,7 +22,7 @@ from .. import upstream
 from ..errors import InputError
 from .activations import ACTIVATIONS, relu2
 from .config import ArceeConfig
-from .inputs import Embedded, keep_rows, read_inputs, read_positions
+from .inputs import Embedded, embed, keep_rows, read_inputs, read_positions
 from .linear import project
 from .losses import causal_loss
 from .masks import Mask, attention_mask_4d, causal_mask, packed_mask
@@ -168,7 +168,9 @@ class ArceeModel(Trainable):
         Positions continue from the cache; length-dependent rope uses the table of each row's own length. Ids are not
         checked here, since that would wait for the device: callers check them where they come in.
         """
-        h = self.embed_tokens(input_ids) if input_embeddings is None else input_embeddings
+        h = input_embeddings
+        if h is None:
+            h = embed(input_ids, self.embed_tokens, self.config) if self.training else self.embed_tokens(input_ids)
         L = h.shape[1]
         first = cache[0] if cache else None
         mask = causal_mask(L, first)

@@ -73,13 +73,19 @@ def read_inputs(
         if ids.ndim != 2:
             raise InputError(f"input_ids has shape {ids.shape}; expected (rows, tokens)")
         check_ids(ids, 0, config.vocab_size, "input_ids")
-        h = embed_tokens(ids)
-        if config.pad_token_id is not None:  # torch's padding_idx: looking the pad token up does not train its row
-            is_pad = ids == config.pad_token_id % config.vocab_size
-            h = mx.where(is_pad[..., None], mx.stop_gradient(h), h)
+        h = embed(ids, embed_tokens, config)
     if 0 in h.shape[:2]:
         raise InputError(f"the input has {h.shape[0]} rows of {h.shape[1]} tokens; expected at least one of each")
     return Embedded(h, h.shape[0], h.shape[1])
+
+
+def embed(ids: mx.array, embed_tokens: nn.Module, config: ArceeConfig) -> mx.array:
+    """Embeddings (B, L, E) of ids (B, L). As with torch's padding_idx, looking the pad token up does not train its row."""
+    h = embed_tokens(ids)
+    if config.pad_token_id is None:
+        return h
+    is_pad = ids == config.pad_token_id % config.vocab_size
+    return mx.where(is_pad[..., None], mx.stop_gradient(h), h)
 
 
 def read_positions(

@@ -17,6 +17,7 @@ import pytest
 
 import arcee_mlx
 from arcee_mlx import Engine, EngineClosedError, GenerateOptions, InputError, Message, Session
+from arcee_mlx.checkpoint import sealed
 from arcee_mlx.checkpoint.files import TensorWriter, read_header
 from arcee_mlx.engine import session_file
 
@@ -213,7 +214,7 @@ def test_a_whole_file_that_says_something_else_is_refused(
     session = talk(engine)
     with monkeypatch.context() as patch:
         patch.setattr(
-            session_file.json,
+            sealed.json,
             "dumps",
             lambda values, **more: dumps({**values, **changes} if "turns" in values else values, **more),
         )
@@ -293,8 +294,8 @@ def test_saving_that_fails_leaves_the_older_file_and_nothing_else(
     for place, name in (
         (TensorWriter, "write"),
         (TensorWriter, "close"),
-        (session_file, "_seal"),
-        (session_file.os, "replace"),
+        (sealed, "_seal"),
+        (sealed.os, "replace"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, fail)

@@ -20,7 +20,7 @@ import arcee_mlx
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 NAMES = [
-    "asyncio_app", "batch_csv", "coming_from_transformers", "custom_sampler", "finetune_lora", "saved_session", "serve",
+    "asyncio_app", "batch_csv", "coming_from_transformers", "custom_sampler", "extract", "finetune_lora", "saved_session", "serve",
 ]  # fmt: skip
 if find_spec("_tkinter"):  # some builds of Python have none
     NAMES.append("desktop_window")
@@ -51,6 +51,18 @@ def test_the_two_examples_of_transformers_page_print_the_prompt_and_go_on(
     tokenizer = arcee_mlx.load(arcee_mlx.DEMO_MODEL)[1]
     added = len(tokenizer.encode(by_ids.strip())) - len(tokenizer.encode(module.PROMPT))
     assert added <= 55  # 50 were; text read again may divide into a few more
+
+
+def test_letters_become_records(example: Callable[[str], Any], capsys: pytest.CaptureFixture[str]) -> None:
+    module = example("extract")
+    assert module.main(["I am Ann.", "Where is my money?"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        record, mood = line.split("; ")
+        scope = {"Complaint": module.Complaint}
+        assert isinstance(eval(record, scope), module.Complaint)  # validates: the record is what the model asks for
+        assert mood in module.MOODS
 
 
 def test_their_lines_stand_there_as_comments() -> None:

@@ -9,6 +9,7 @@ import mlx.nn as nn
 import pytest
 
 import arcee_mlx
+from arcee_mlx import DEMO_MODEL
 from arcee_mlx.errors import InputError
 from arcee_mlx.lm import awq
 from arcee_mlx.lm.command import main
@@ -56,6 +57,13 @@ def test_mlx_lm_quantizes_a_float_model_in_the_layout(by_neuron: str, tmp_path: 
     assert mx.array_equal(ours(IDS), expected(IDS))
 
 
+def test_mlx_lm_dequantizes_to_the_standard_layout(by_neuron: str, tmp_path: Path) -> None:
+    assert main(["convert", "-d", "--hf-path", by_neuron, "--mlx-path", str(tmp_path / "float")]) == 0
+    ours, packed = arcee_mlx.load_model(tmp_path / "float"), arcee_mlx.load_model(by_neuron)
+    assert type(ours.layers[0].mlp.down_proj) is nn.Linear and ours.config.down_proj_layout == "standard"
+    assert not ours.config.quantization and mx.abs(ours(IDS) - packed(IDS)).max().item() < 1e-5
+
+
 def test_what_mlx_lm_sees_as_weight_cannot_be_overwritten() -> None:
     layer = DownByNeuron(64, 32)
     assert layer.weight is layer.weight_by_neuron and "weight" not in layer.parameters()
@@ -70,8 +78,6 @@ def test_what_mlx_lm_sees_as_weight_cannot_be_overwritten() -> None:
         ["gptq", "--model"],
         ["dwq", "-m"],
         ["dynamic_quant", "--model"],
-        ["convert", "-d", "--hf-path"],
-        ["fuse", "--dequantize", "--model"],
         ["lora", "--train", "--fine-tune-type", "dora", "--model"],
     ],
     ids=lambda arguments: arguments[0],
@@ -90,6 +96,16 @@ def test_dora_in_a_yaml_file_is_refused_too(by_neuron: str, tmp_path: Path, caps
     (tmp_path / "lora.yaml").write_text(f"fine_tune_type: dora\nmodel: {by_neuron}\n")
     assert main(["lora", "--train", "-c", str(tmp_path / "lora.yaml")]) == 2
     assert "stored by neuron" in capsys.readouterr().err
+
+
+def test_full_training_of_quantized_weights_is_refused_before_it_begins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "lora.yaml").write_text(f"fine_tune_type: full\nmodel: {DEMO_MODEL}\n")
+    for arguments in (["--fine-tune-type", "full", "--model", str(DEMO_MODEL)], ["-c", str(tmp_path / "lora.yaml")]):
+        assert main(["lora", "--train", "--data", "nowhere", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert "quantized" in error and "convert -d" in error and "--fine-tune-type lora" in error
 
 
 def test_awq_called_from_python_is_refused_too(by_neuron: str) -> None:

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 import arcee_mlx
@@ -15,7 +16,9 @@ from arcee_mlx.lm import command as lm_command
 from arcee_mlx.measure.evaluate import compare
 from arcee_mlx.measure.perplexity import measure_perplexity
 from arcee_mlx.measure.text import cut_windows
+from arcee_mlx.model.relu2.down import store_by_neuron
 
+from adapter_data import EVERYWHERE, make_base, write_mlx_lm
 from conftest import TEXT, write_checkpoint, write_tokenizer
 
 
@@ -66,7 +69,7 @@ def test_numbers_are_those_of_the_text_and_table_and_json_agree(evaluate, checkp
     values = json.loads(captured.out)
     assert captured.err == ""
     assert list(values) == [
-        "model", "reference", "text", "windows", "window_tokens",
+        "model", "adapter", "reference", "text", "windows", "window_tokens",
         "tokens", "text_bytes", "perplexity", "standard_error", "bits_per_byte", "comparison",
     ]  # fmt: skip
     assert values.items() >= expected.to_dict().items()
@@ -216,3 +219,33 @@ def test_lm_eval_really_runs(tmp_path, monkeypatch, capsys):
     finally:
         mx.enable_compile()
     assert json.loads(capsys.readouterr().out)["tasks"]["choice"]["acc,none"] == 0.5
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("lora", 0), ("dora", 0), ("full", 0), ("lora", 8), ("by_neuron", 8)])
+def test_an_adapters_numbers_are_those_of_the_fused_model(tmp_path, text, capsys, kind, bits):
+    model = make_base()
+    if kind == "by_neuron":
+        store_by_neuron(model)
+    if bits:
+        nn.quantize(model, group_size=32, bits=bits)
+    arcee_mlx.save_checkpoint(model, tmp_path / "base")
+    keys = None if bits or kind == "full" else EVERYWHERE
+    adapter = write_mlx_lm(tmp_path / "adapter", kind={"by_neuron": "lora"}.get(kind, kind), keys=keys)
+    fused = arcee_mlx.load_model(tmp_path / "base", adapter_path=adapter)
+    arcee_mlx.fuse_adapter(fused, dequantize=True)
+    arcee_mlx.save_checkpoint(fused, tmp_path / "fused")
+    for name in ("base", "fused"):
+        write_tokenizer(tmp_path / name)
+    values = {}
+    for name, options in {"base": [], "fused": [], "adapted": ["--adapter-path", str(adapter)]}.items():
+        folder = str(tmp_path / ("base" if name == "adapted" else name))
+        command = ["eval", folder, "--text", str(text), "--sequence-length", "16", "--num-samples", "3", *options]
+        assert main([*command, "--reference", str(tmp_path / "base"), "--json"]) == 0
+        values[name] = json.loads(capsys.readouterr().out)
+    adapted, expected = values["adapted"], values["fused"]
+    assert adapted["adapter"] == str(adapter) and expected["adapter"] is None
+    assert adapted["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-4)
+    assert adapted["comparison"]["kl_mean"] == pytest.approx(expected["comparison"]["kl_mean"], rel=1e-3)
+    assert values["base"]["comparison"]["kl_mean"] < 1e-9 < 1e-3 < adapted["comparison"]["kl_mean"]
+    assert main([*command, "--reference", str(tmp_path / "base")]) == 0
+    assert f"base with {adapter}" in capsys.readouterr().out

@@ -183,3 +183,19 @@ def test_a_seed_gives_the_same_weights_and_touches_no_random_state() -> None:
 def test_a_seed_that_is_none_is_refused(seed: Any) -> None:
     with pytest.raises(ArceeError, match="seed"):
         arcee_mlx.ArceeModel.from_config(CONFIG, seed=seed)
+
+
+def test_looking_the_pad_token_up_trains_no_row_of_it_in_either_convention() -> None:
+    """As torch's padding_idx: a tied row still learns from being predicted against, and an untied one not at all."""
+    for tied in (False, True):
+        model = arcee_mlx.ArceeForCausalLM.from_config(replace(CONFIG, tie_word_embeddings=tied), seed=1)
+
+        def loss_of_call(model: Any = model) -> mx.array:
+            return nn.losses.cross_entropy(model(IDS)[:, :-1], IDS[:, 1:]).mean()
+
+        called = dict(tree_flatten(nn.value_and_grad(model, loss_of_call)()[1]))
+        forward = nn.value_and_grad(model, lambda model=model: model.forward(IDS, labels=IDS).loss)
+        expected = dict(tree_flatten(forward()[1]))
+        assert [k for k in called if mx.abs(called[k] - expected[k]).max().item() > 1e-6] == []
+        row = called["model.embed_tokens.weight"][CONFIG.pad_token_id]
+        assert (mx.abs(row).max().item() > 0) is tied

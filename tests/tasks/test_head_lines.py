@@ -177,7 +177,9 @@ def test_a_line_without_the_second_field_is_named(folders: Any, capsys: Any, mon
     assert "standard input, line 1: expected a text in 'b', too" in capsys.readouterr().err
 
 
-def test_an_adapter_brings_the_head_to_a_base(folders: Any, texts: Path, tmp_path: Path, capsys: Any) -> None:
+def test_an_adapter_brings_the_head_to_a_base(
+    folders: Any, texts: Path, tmp_path: Path, capsys: Any, caplog: Any
+) -> None:
     base = tmp_path / "base"
     arcee_mlx.save_checkpoint(build(id2label=LABELS), base)
     make_tokenizer(base)
@@ -187,10 +189,12 @@ def test_an_adapter_brings_the_head_to_a_base(folders: Any, texts: Path, tmp_pat
     assert main(["classify", "--model", str(base), "--adapter-path", str(adapter), str(texts)]) == 0
     model = arcee_mlx.load_model(base, ArceeForSequenceClassification, adapter_path=adapter)
     captured = capsys.readouterr()
+    assert caplog.records == []  # the head is not "new, at random"
     expected = arcee_mlx.classify(model, read_tokenizer(base), TEXTS)
     assert expected != arcee_mlx.classify(
         arcee_mlx.load_model(base, ArceeForSequenceClassification), read_tokenizer(base), TEXTS
     )
+    assert "score.weight: new, at random" in caplog.text
     assert [json.loads(line)["scores"] for line in captured.out.splitlines()] == [
         asdict(own)["scores"] for own in expected
     ]
