@@ -29,8 +29,8 @@ from .rows import Rows
 VARIABLE = "ARCEE_MLX_SPARSE"
 Sparse = Literal["off", "on", "auto"]
 # kernel: on a GPU. gathered: rows taken out of the matrix, on the CPU, whose zeros are seen without waiting.
-# dense: all rows. unpacked: all rows, as floats, for a plain product, the fastest for many tokens
-# on a GPU, and for several with a fast BLAS on the CPU.
+# dense: all rows. unpacked: all rows, as floats, for a plain product, the fastest for many tokens on a GPU, and for
+# several with a fast BLAS on the CPU.
 Path = Literal["kernel", "gathered", "dense", "unpacked"]
 UNPACK_TOKENS = 512
 BLAS_UNPACK_TOKENS = 6  # on the CPU with a BLAS that is worth it
