@@ -76,6 +76,7 @@ class GrammarDrafter:
     """What a grammar alone determines to come next; where it determines nothing, what another drafter guesses."""
 
     def __init__(self, grammar: GrammarProcessor, other: Drafter, *, prompt_tokens: int) -> None:
+        """Args: grammar: the other may go on with it from the ids, for its drafts; they are taken back here."""
         self._grammar, self._other, self._prompt_tokens = grammar, other, prompt_tokens
 
     def propose(self, ids: list[int], n: int) -> list[int]:
@@ -202,6 +203,9 @@ def make_drafter(
     options = request.options
     if not options.num_draft_tokens:
         return None
+    grammar = None
+    if request.grammar is not None:
+        grammar = GrammarProcessor(request.grammar, request.eos, prompt_tokens=len(request.ids))
     drafter: Drafter
     if draft_model is None:
         drafter = NgramDrafter(options.max_matching_ngram_size or DEFAULT_NGRAM_SIZE)
@@ -211,17 +215,10 @@ def make_drafter(
             vocab_size=tokenizer.vocab_size,
             model_vocab_size=draft_model.config.vocab_size,
             prompt_tokens=len(request.ids),
-            grammar=_follow(request),
+            grammar=grammar,
         )
         drafter = ModelDrafter(draft_model, row, processors, options.prefill_step_size)
-    grammar = _follow(request)
     return GrammarDrafter(grammar, drafter, prompt_tokens=len(request.ids)) if grammar else drafter
-
-
-def _follow(request: Request) -> GrammarProcessor | None:
-    if request.grammar is None:
-        return None
-    return GrammarProcessor(request.grammar, request.eos, prompt_tokens=len(request.ids))
 
 
 def check_drafts(

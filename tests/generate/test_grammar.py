@@ -10,6 +10,7 @@ from enum import Enum
 from typing import Any, Literal, NotRequired, TypedDict
 
 import jsonschema
+import mlx.core as mx
 import pydantic
 import pytest
 
@@ -30,7 +31,7 @@ from arcee_mlx import (
     stream_generate,
 )
 from arcee_mlx.cli import main
-from arcee_mlx.generate.grammar import compile_grammar
+from arcee_mlx.generate.grammar import GrammarProcessor, compile_grammar
 
 PROMPT = "My fellow citizens, "
 
@@ -280,3 +281,29 @@ def test_a_session_keeps_its_schema_and_says_where_a_type_cannot_be_saved(tmp_pa
         with pytest.raises(InputError, match="schema as a dict"):
             typed.save(tmp_path / "type.safetensors")
         assert not (tmp_path / "type.safetensors").exists()
+
+
+def test_a_processor_that_goes_on_and_back_masks_as_one_that_was_told_all_at_once(demo: Any) -> None:
+    options = GenerateOptions(regex="(to|two|too|[0-9]{2,3})( (be|bee|7))+")
+    grammar, eos = compile_grammar(demo[1], options), demo[1].eos_token_ids
+    assert grammar is not None
+    drawn, prompt, vocab_size = random.Random(2), [5, 6], demo[0].config.vocab_size
+    zeros = mx.zeros((1, vocab_size))
+
+    def mask_afresh(ids: list[int]) -> list[float]:
+        return GrammarProcessor(grammar, eos, prompt_tokens=2)(mx.array(prompt + ids), zeros)[0].tolist()
+
+    processor, ids, backs = GrammarProcessor(grammar, eos, prompt_tokens=2), [], 0
+    for _ in range(150):
+        mask = processor(mx.array(prompt + ids), zeros)[0].tolist()
+        assert mask == mask_afresh(ids)
+        allowed = [token for token, score in enumerate(mask) if score == 0 and token not in eos]
+        ids = [*ids, drawn.choice(allowed)]
+        if drawn.random() < 0.2:  # others than were consumed take their place, often fewer, at times more
+            ids = ids[: drawn.randint(0, len(ids) - 1)]
+            for _ in range(drawn.randint(0, 4)):
+                allowed = [i for i, score in enumerate(mask_afresh(ids)) if score == 0 and i not in eos]
+                ids = [*ids, drawn.choice(allowed)]
+            processor.move_to(ids)
+            backs += 1
+    assert backs > 10
