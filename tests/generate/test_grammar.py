@@ -24,6 +24,7 @@ from arcee_mlx import (
     InputError,
     Tokenizer,
     beam_search,
+    cache_prompt,
     generate,
     generate_answers,
     generate_batch,
@@ -141,10 +142,23 @@ def test_a_draft_model_follows_the_grammar_and_leaves_the_answer(demo: Any) -> N
     assert drafted[-1].stats.accepted_tokens > 0
 
 
-def test_what_the_grammar_determines_is_drafted(demo: Any) -> None:
-    options = GenerateOptions(regex="(America ){20}", num_draft_tokens=7)
-    last = list(stream_generate(*demo, PROMPT, options))[-1]
-    assert last.stats.acceptance_rate is not None and last.stats.acceptance_rate > 0.5
+@pytest.mark.parametrize("num_draft_tokens", [0, 7])
+def test_what_the_grammar_determines_is_drafted(demo: Any, num_draft_tokens: int) -> None:
+    options = GenerateOptions(regex="(America ){20}", temp=1.0, seed=1, num_draft_tokens=num_draft_tokens)
+    chunks = list(stream_generate(*demo, PROMPT, options))
+    stats = chunks[-1].stats
+    assert stats.acceptance_rate is not None and stats.acceptance_rate > 0.5
+    assert stats.tokens_per_step > 4
+    plain = generate_batch(*demo, [PROMPT], dataclasses.replace(options, num_draft_tokens=0))[0]
+    assert plain.stats.drafted_tokens == 0 and plain.tokens == tuple(chunk.token for chunk in chunks)
+
+
+def test_nothing_is_drafted_where_it_could_not_be_taken_back(demo: Any) -> None:
+    options = GenerateOptions(regex="(America ){20}", max_kv_size=16)
+    cache = cache_prompt(*demo, PROMPT, options)
+    for given in (None, cache):
+        last = list(stream_generate(*demo, PROMPT, options, prompt_cache=given))[-1]
+        assert last.is_complete and last.stats.drafted_tokens == 0
 
 
 def test_a_cut_off_answer_is_reported_with_what_was_made(demo: Any, capsys: Any, tmp_path: Any) -> None:
