@@ -34,6 +34,8 @@ from arcee_mlx import (
 from arcee_mlx.cli import main
 from arcee_mlx.generate.grammar import GrammarProcessor, compile_grammar
 
+from conftest import write_checkpoint
+
 PROMPT = "My fellow citizens, "
 
 
@@ -204,11 +206,20 @@ def test_further_ends_of_text_end_an_answer_where_it_is_whole_only(demo: Any) ->
         generate(*demo, PROMPT, options)
 
 
-def test_tokens_the_tokenizer_lacks_and_a_callers_processor_cannot_leave_the_form(demo: Any) -> None:
-    def favour(_tokens: Any, logits: Any) -> Any:
-        return logits.at[:, demo[1].token_id("z")].add(1000.0)
+@pytest.mark.parametrize("favoured", [5, 400, 450, 511])
+def test_tokens_the_tokenizer_lacks_and_a_callers_processor_cannot_leave_the_form(tmp_path: Any, favoured: int) -> None:
+    write_checkpoint(tmp_path / "padded", vocab_size=512)  # the tokenizer has 400
+    padded = load(tmp_path / "padded")
 
-    assert generate(*demo, PROMPT, GenerateOptions(choices=("ab", "cd")), logits_processors=[favour]) in ("ab", "cd")
+    def favour(_tokens: Any, logits: Any) -> Any:
+        return logits.at[:, favoured].add(1e6)
+
+    options = GenerateOptions(choices=("ab", "cd"), temp=0)
+    assert generate(*padded, "I", options, logits_processors=[favour]) in ("ab", "cd")
+    free = GenerateOptions(temp=0, max_tokens=3)
+    answers = generate_batch(*padded, ["I"] * 3, [options, free, options], logits_processors=[favour])
+    assert answers[0].text in ("ab", "cd") and answers[2].text == answers[0].text
+    assert all(token < 400 for answer in answers for token in answer.tokens)
 
 
 @pytest.mark.parametrize(
