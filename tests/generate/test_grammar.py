@@ -332,3 +332,10 @@ def test_a_processor_that_goes_on_and_back_masks_as_one_that_was_told_all_at_onc
             processor.move_to(ids)
             backs += 1
     assert backs > 10
+
+
+def test_a_schema_cannot_allow_itself_white_space(demo: Any) -> None:
+    schema = {"x-guidance": {"whitespace_flexible": True}, "type": "array", "items": {"type": "boolean"}}
+    grammar = compile_grammar(demo[1], GenerateOptions(schema=schema))
+    assert grammar is not None
+    assert grammar.is_complete("[true,false]") and not grammar.is_complete("[true, \n false]")
