@@ -245,6 +245,7 @@ def test_tokens_the_tokenizer_lacks_and_a_callers_processor_cannot_leave_the_for
         ({"regex": "("}, ["regex"]),
         ({"regex": "(?x: a)"}, ["verbose"]),
         ({"grammar": "begin: /a/"}, ["grammar", "start"]),
+        ({"grammar": 'start: %json {"x-guidance": {"lenient": true}, "not": {}}'}, ["grammar", "not"]),
     ],
     ids=str,
 )
