@@ -34,7 +34,7 @@ class GenerationStats:
         time_to_first_token_s: from the call to the first new token.
         peak_memory_bytes: most memory MLX held in this process.
         seed: of the sampling; the same seed, prompt and options give the same text.
-        drafted_tokens: drafts that were verified; 0 without `num_draft_tokens`.
+        drafted_tokens: drafts that were verified; 0 without `num_draft_tokens` and without a grammar.
         accepted_tokens: of them, those that came true, so that the token after each took no pass of the model.
     """
 

@@ -73,28 +73,33 @@ class GrammarProcessor:
     def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
         """Tokens so far (n,), logits (1, V) -> logits (1, V), -inf where no answer goes on.
 
+        The tokens begin with those of the call before, or with those it was moved to since.
+
         Raises:
             GrammarError: the grammar has become too complex to follow.
         """
-        answer = tokens[self._prompt_tokens :]
-        mx.async_eval(answer)
+        new = tokens[self._prompt_tokens + len(self._ids) :]
+        mx.async_eval(new)
         mx.async_eval(logits)  # the device goes on while the mask is made here
-        ids: list[int] = answer.tolist()  # type: ignore[assignment]
+        ids: list[int] = new.tolist()  # type: ignore[assignment]
         if not self._eos.isdisjoint(ids):  # steps run ahead of the end
             return logits
-        self.move_to(ids)
+        self._consume(ids)
         return mx.where(mx.array(self._mask(logits.shape[-1])), logits, -mx.inf)
 
     def move_to(self, ids: list[int]) -> None:
         """Goes to where the answer's tokens end, from wherever it stands."""
-        kept = 0
-        while kept < min(len(ids), len(self._ids)) and ids[kept] == self._ids[kept]:
-            kept += 1
-        if kept < len(self._ids):
+        kept = len(self._ids)
+        if ids[:kept] != self._ids:
+            kept = next(i for i, token in enumerate(self._ids) if ids[i : i + 1] != [token])
             self._matcher.rollback(len(self._ids) - kept)
-        self._matcher.consume_tokens(ids[kept:])
+            del self._ids[kept:]
+        self._consume(ids[kept:])
+
+    def _consume(self, ids: list[int]) -> None:
+        self._matcher.consume_tokens(ids)
         self._check()
-        self._ids = list(ids)
+        self._ids += ids
 
     def forced_tokens(self) -> list[int]:
         """Tokens that write what the grammar alone determines to come next, as the tokenizer would write it."""

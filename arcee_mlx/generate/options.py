@@ -48,7 +48,8 @@ class GenerateOptions:
         extra_eos_tokens: texts of further single tokens that end the answer.
         schema: what the answer is, as JSON and nothing else: a JSON schema as a dict (True for any JSON), a Pydantic model, a
             dataclass, a TypedDict, or a type hint made of them and of basic types. `Answer.parsed` reads it back.
-            Refused where a keyword cannot be enforced. It is written without white space.
+            Refused where a keyword cannot be enforced. It is written without white space. A small model may not come to the
+            end of what has none: maxLength, maxItems, and of numbers minimum, maximum and multipleOf, bound it.
         regex: what the whole answer matches, as Python's `re.fullmatch` does.
         grammar: what the answer is, in llguidance's Lark, from the rule `start` on.
         choices: texts of which the answer is one. Of schema, regex, grammar and choices there can be one.
@@ -66,8 +67,9 @@ class GenerateOptions:
         kv_bits: store keys and values in so many bits from the first token on: 2, 4 or 8. Not with max_kv_size.
         kv_group_size: group size of that: 32, 64 or 128, and a divisor of the head's width.
         num_draft_tokens: draft up to so many tokens at a time, 1 to 7, the more the better they did, and verify them at
-            once; the answer stays the same. 0 is off. Drafts are what followed when the last tokens stood there before (transformers' prompt lookup), or a
-            `draft_model`'s. For one caller's answer, and not with max_kv_size.
+            once; the answer stays the same. Drafts are what followed when the last tokens stood there before
+            (transformers' prompt lookup), or a `draft_model`'s. 0 guesses nothing: only what a schema, regex, grammar
+            or choices leave no choice about is drafted. For one caller's answer, and not with max_kv_size.
         max_matching_ngram_size: last tokens to look for, without a draft model, 1 to 16. Default 3.
     """
 

@@ -20,8 +20,8 @@ import arcee_mlx
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 NAMES = [
-    "asyncio_app", "batch_csv", "coming_from_transformers", "custom_sampler", "extract", "finetune_lora", "saved_session", "serve",
-    "tool_calls",
+    "asyncio_app", "batch_csv", "coming_from_transformers", "custom_sampler", "extract", "fill_form", "finetune_lora", "saved_session",
+    "serve", "tool_calls",
 ]  # fmt: skip
 if find_spec("_tkinter"):  # some builds of Python have none
     NAMES.append("desktop_window")
@@ -83,6 +83,16 @@ def test_a_call_that_is_declined_does_not_run(
     module.orders.clear()
     assert module.main(["--ask", "Look it up.", "Order one."]) == 0
     assert module.orders == [] and capsys.readouterr().out.count("error: the user does not want") == 2
+
+
+def test_a_form_holds_what_its_fields_allow(example: Callable[[str], Any], capsys: pytest.CaptureFixture[str]) -> None:
+    module = example("fill_form")
+    assert module.main(["The barn burnt down."]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for line, (field, options) in zip(lines, module.FIELDS.items(), strict=True):
+        name, answer = line[:15].strip(), line[16:]
+        assert name == field
+        assert answer in options.choices or re.fullmatch(options.regex or "", answer)
 
 
 def test_their_lines_stand_there_as_comments() -> None:
