@@ -1,4 +1,4 @@
-"""Letters in, records out: what a Pydantic model asks for is filled in from text, and a form's question by one of its choices.
+"""Letters in, records out: what a Pydantic model asks for is filled in from text, and the writer's mood by one of three choices.
 
     pip install pydantic
     python examples/extract.py [--model FOLDER_OR_ID] [LETTER ...]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 
 from ..errors import InputError
-from . import batch, convert, decode, speculative, startup
+from . import batch, convert, decode, grammar, speculative, startup
 from .machine import describe_machine
 
 _BENCHMARKS = {
     "startup": (startup, "from starting the process to the first text of the answer"),
     "batch": (batch, "many prompts at once against one by one"),
+    "grammar": (grammar, "answers held to a JSON schema against free ones, one and 8 at once"),
     "speculative": (speculative, "one answer with drafts against without"),
     "convert": (convert, "converting a checkpoint: seconds, memory, closeness to the original"),
     "decode": (decode, "tokens/s without the zeros of squared ReLU, against dense decoding and mlx-lm's way"),

@@ -25,6 +25,7 @@ from ..measure.sparsity_picture import check_picture
 from ..measure.text import read_text, read_windows
 from ..model.config import ArceeConfig, read_config
 from .afm_shape import AFM_CONFIG
+from .clock import add_clock_argument, read_clock
 from .decode_picture import draw_decode
 from .decode_programs import SPARSE, STANDARD, Programs, make_random, read_programs
 from .decode_results import DecodeResult, LayoutResult, describe_decode, describe_layouts
@@ -36,7 +37,6 @@ _ZEROS = (0.5, 0.7, 0.8, 0.9, 0.95)
 _RUNS = 5
 _RUN_S, _LEAST_TOKENS, _MOST_TOKENS = 2, 1, 256
 _PREFILL_GPU, _PREFILL_CPU = 512, 64
-_CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
@@ -63,12 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=_DTYPES,
         help="of activations (the model's; on MLX's CPU backend float32, which alone is right)",
     )
-    parser.add_argument(
-        "--clock",
-        choices=_CLOCKS,
-        default="wall",
-        help="to measure by (%(default)s); on MLX's CPU backend cpu leaves out other programs' turns on a busy machine",
-    )
+    add_clock_argument(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the ratios; needs the extra `plot`")
 
@@ -81,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         ArceeError: the checkpoint cannot be used.
     """
     _check(args)
-    on_gpu, clock = mx.default_device() == mx.gpu, _CLOCKS[args.clock]
+    on_gpu, clock = mx.default_device() == mx.gpu, read_clock(args)
     programs, ids = _open_programs(args) if args.model else _make_shape(args)
     tokens = args.tokens or _choose_tokens(programs, ids)
     prompt = ids[: args.prefill or (_PREFILL_GPU if on_gpu else _PREFILL_CPU)]
@@ -201,8 +196,6 @@ def _check(args: argparse.Namespace) -> None:
             f"--dtype is {args.dtype} on MLX's CPU backend, whose half-precision quantized products are wrong by several "
             f"percent; expected float32 there; leave --dtype out"
         )
-    if args.clock == "cpu" and mx.default_device() == mx.gpu:
-        raise InputError("--clock is cpu on a GPU, whose time it does not see; expected wall there; leave --clock out")
     if args.json is not None and (not args.json.parent.is_dir() or args.json.is_dir()):
         raise InputError(f"--json is {args.json}; expected a file in a folder that exists; make the folder first")
     if args.picture is not None:

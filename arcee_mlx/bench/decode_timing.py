@@ -16,13 +16,12 @@ from .. import upstream
 from ..model.activations import relu2
 from ..model.decoder import ArceeForCausalLM
 from ..model.relu2.down import Sparse
+from .clock import Clock
 from .decode_programs import BY_NEURON, SPARSE, STANDARD, Program, Programs
 from .decode_results import DecodeResult, LayoutResult
 
 _CALIBRATION_TOKENS = 4  # a random layer's scale is the same for all
 _DOWN_ROUNDS = 10
-# Gives seconds: time.perf_counter, or time.process_time, which other programs' turns on a CPU are not in.
-Clock = Callable[[], float]
 
 
 def set_zeros(programs: Programs, ids: mx.array, share: float) -> None:

@@ -139,7 +139,10 @@ def add_form_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_draft_arguments(parser: argparse.ArgumentParser) -> None:
     drafts = parser.add_argument_group("speculative decoding (the answer stays the same)")
     drafts.add_argument(
-        "--num-draft-tokens", type=int, metavar="N", help="draft and verify up to N tokens at once, 7 at most (0 = off)"
+        "--num-draft-tokens",
+        type=int,
+        metavar="N",
+        help="draft and verify up to N tokens at once, 7 at most (0 = guess nothing)",
     )
     drafts.add_argument(
         "--draft-model",

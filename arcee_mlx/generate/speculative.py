@@ -4,12 +4,13 @@ The model is given the last token and the drafts behind it in one pass. From eve
 without drafts: the same processors, called in the same order with the same tokens, the same sampler with the same key. A
 draft is accepted if it is that token; the first that is not ends the pass, and what the KV cache holds beyond is taken
 back. So a draft has no say in the answer, greedy or sampled, and a seed gives the tokens that it gives without drafts.
-At most 8 tokens are verified at once, so that the sparse path serves.
+At most 8 tokens are verified at once, so that the sparse path serves. What an answer's grammar leaves no choice about,
+a schema's property names and the like, is drafted unasked.
 
 What may differ is the order of float sums in a pass over several tokens. Where two tokens are closer than that noise,
 one may take the other's place, and the answer goes on from it. Measured on the demo model in float32, over passes of 8
-tokens: no noise at all with the BLAS of MLX's Linux wheel; with OpenBLAS 8e-5 of the logits' standard deviation, and 8e-3
-where kv_bits=8 rounds keys and values. Half precision rounds more coarsely; on Metal it was not measured.
+tokens: 2e-5 of the logits' standard deviation with the BLAS of MLX's Linux wheel, 8e-5 with OpenBLAS, and 1.2e-2 where
+kv_bits=8 rounds keys and values. Half precision rounds more coarsely; on Metal it was not measured.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ..checkpoint.tokenizer import Tokenizer
 from ..errors import InputError
 from ..model.decoder import ArceeForCausalLM
 from .grammar import GrammarProcessor
-from .options import GenerateOptions, context_tokens
+from .options import MAX_DRAFT_TOKENS, GenerateOptions, context_tokens
 from .prefill import fill_cache
 from .prompt_cache import PromptCache
 from .request import Request
@@ -75,13 +76,19 @@ class NgramDrafter:
 class GrammarDrafter:
     """What a grammar alone determines to come next; where it determines nothing, what another drafter guesses."""
 
-    def __init__(self, grammar: GrammarProcessor, other: Drafter, *, prompt_tokens: int) -> None:
+    def __init__(self, grammar: GrammarProcessor, other: Drafter | None, *, prompt_tokens: int) -> None:
+        """Args:
+        grammar: the other may go on with it from the ids, for its drafts; they are taken back here.
+        other: None guesses nothing.
+        """
         self._grammar, self._other, self._prompt_tokens = grammar, other, prompt_tokens
 
     def propose(self, ids: list[int], n: int) -> list[int]:
         """See `Drafter`. Which tokens write it is still the model's to say: a draft is verified like any other."""
         self._grammar.move_to(ids[self._prompt_tokens :])
-        return self._grammar.forced_tokens()[:n] or self._other.propose(ids, n)
+        if forced := self._grammar.forced_tokens():
+            return forced[:n]
+        return self._other.propose(ids, n) if self._other else []
 
 
 class ModelDrafter:
@@ -145,7 +152,8 @@ class Speculator:
         self._drafted = self._accepted = 0
         # Drafts to make at most: one, and two more for each of the last that was accepted. A third of the drafts of a
         # fixed number for nine tenths of what it saves on prose; in a loop of text it is at 7 after two passes.
-        self._reach = request.options.num_draft_tokens
+        self._most = request.options.num_draft_tokens or MAX_DRAFT_TOKENS
+        self._reach = self._most
         self._counts: deque[tuple[int, int]] = deque()
 
     def __call__(self, input_ids: mx.array, cache: list[Any]) -> mx.array:
@@ -188,7 +196,7 @@ class Speculator:
     def _draft(self, held: int) -> list[int]:
         if self._ids[-1] in self._request.eos:
             return []
-        n = min(self._reach, self._request.options.num_draft_tokens, self._request.limit + self._unread - 1)
+        n = min(self._reach, self._most, self._request.limit + self._unread - 1)
         rope = self._model.model.rotary_emb
         while n > 0 and not rope.shares_table(held + 1, held + 1 + n):
             n -= 1  # verified tokens are turned by the table they would have one by one
@@ -196,32 +204,29 @@ class Speculator:
 
 
 def make_drafter(
-    tokenizer: Tokenizer, request: Request, row: Row, draft_model: ArceeForCausalLM | None
+    tokenizer: Tokenizer, request: Request, row: Row, draft_model: ArceeForCausalLM | None, *, keeps_all_tokens: bool
 ) -> Drafter | None:
-    """What the request asks for; None without drafts."""
-    options = request.options
-    if not options.num_draft_tokens:
-        return None
-    drafter: Drafter
-    if draft_model is None:
+    """What the request asks for, and what its grammar determines anyhow; None without drafts.
+
+    Args:
+        keeps_all_tokens: the KV cache does, so that drafts can be taken back.
+    """
+    options, grammar = request.options, None
+    if request.grammar is not None and keeps_all_tokens:
+        grammar = GrammarProcessor(request.grammar, request.eos, prompt_tokens=len(request.ids))
+    drafter: Drafter | None = None
+    if options.num_draft_tokens and draft_model is None:
         drafter = NgramDrafter(options.max_matching_ngram_size or DEFAULT_NGRAM_SIZE)
-    else:
+    elif draft_model is not None:
         processors = make_logits_processors(
             options,
             vocab_size=tokenizer.vocab_size,
             model_vocab_size=draft_model.config.vocab_size,
             prompt_tokens=len(request.ids),
-            grammar=_follow(request),
+            grammar=grammar,
         )
         drafter = ModelDrafter(draft_model, row, processors, options.prefill_step_size)
-    grammar = _follow(request)
     return GrammarDrafter(grammar, drafter, prompt_tokens=len(request.ids)) if grammar else drafter
-
-
-def _follow(request: Request) -> GrammarProcessor | None:
-    if request.grammar is None:
-        return None
-    return GrammarProcessor(request.grammar, request.eos, prompt_tokens=len(request.ids))
 
 
 def check_drafts(

@@ -127,7 +127,8 @@ def _stream(
     options = request.options
     cache, cached = prompt_cache.fork(request.ids) if prompt_cache else (make_prompt_cache(model, options), 0)
     row = Row(model, tokenizer, request, own_processors, started_s, hidden_tokens=cached, cached_tokens=cached)
-    drafter = make_drafter(tokenizer, request, row, draft_model)
+    keeps_all_tokens = options.max_kv_size is None and (prompt_cache is None or prompt_cache.max_kv_size is None)
+    drafter = make_drafter(tokenizer, request, row, draft_model, keeps_all_tokens=keeps_all_tokens)
     speculator = Speculator(model, drafter, request, unread=len(request.ids) - cached) if drafter else None
     steps = generate_step(
         mx.array(request.ids[cached:]),

@@ -10,6 +10,7 @@ from enum import Enum
 from typing import Any, Literal, NotRequired, TypedDict
 
 import jsonschema
+import mlx.core as mx
 import pydantic
 import pytest
 
@@ -23,6 +24,7 @@ from arcee_mlx import (
     InputError,
     Tokenizer,
     beam_search,
+    cache_prompt,
     generate,
     generate_answers,
     generate_batch,
@@ -30,7 +32,9 @@ from arcee_mlx import (
     stream_generate,
 )
 from arcee_mlx.cli import main
-from arcee_mlx.generate.grammar import compile_grammar
+from arcee_mlx.generate.grammar import GrammarProcessor, compile_grammar
+
+from conftest import write_checkpoint
 
 PROMPT = "My fellow citizens, "
 
@@ -140,10 +144,23 @@ def test_a_draft_model_follows_the_grammar_and_leaves_the_answer(demo: Any) -> N
     assert drafted[-1].stats.accepted_tokens > 0
 
 
-def test_what_the_grammar_determines_is_drafted(demo: Any) -> None:
-    options = GenerateOptions(regex="(America ){20}", num_draft_tokens=7)
-    last = list(stream_generate(*demo, PROMPT, options))[-1]
-    assert last.stats.acceptance_rate is not None and last.stats.acceptance_rate > 0.5
+@pytest.mark.parametrize("num_draft_tokens", [0, 7])
+def test_what_the_grammar_determines_is_drafted(demo: Any, num_draft_tokens: int) -> None:
+    options = GenerateOptions(regex="(America ){20}", temp=1.0, seed=1, num_draft_tokens=num_draft_tokens)
+    chunks = list(stream_generate(*demo, PROMPT, options))
+    stats = chunks[-1].stats
+    assert stats.acceptance_rate is not None and stats.acceptance_rate > 0.5
+    assert stats.tokens_per_step > 4
+    plain = generate_batch(*demo, [PROMPT], dataclasses.replace(options, num_draft_tokens=0))[0]
+    assert plain.stats.drafted_tokens == 0 and plain.tokens == tuple(chunk.token for chunk in chunks)
+
+
+def test_nothing_is_drafted_where_it_could_not_be_taken_back(demo: Any) -> None:
+    options = GenerateOptions(regex="(America ){20}", max_kv_size=16)
+    cache = cache_prompt(*demo, PROMPT, options)
+    for given in (None, cache):
+        last = list(stream_generate(*demo, PROMPT, options, prompt_cache=given))[-1]
+        assert last.is_complete and last.stats.drafted_tokens == 0
 
 
 def test_a_cut_off_answer_is_reported_with_what_was_made(demo: Any, capsys: Any, tmp_path: Any) -> None:
@@ -189,11 +206,20 @@ def test_further_ends_of_text_end_an_answer_where_it_is_whole_only(demo: Any) ->
         generate(*demo, PROMPT, options)
 
 
-def test_tokens_the_tokenizer_lacks_and_a_callers_processor_cannot_leave_the_form(demo: Any) -> None:
-    def favour(_tokens: Any, logits: Any) -> Any:
-        return logits.at[:, demo[1].token_id("z")].add(1000.0)
+@pytest.mark.parametrize("favoured", [5, 400, 450, 511])
+def test_tokens_the_tokenizer_lacks_and_a_callers_processor_cannot_leave_the_form(tmp_path: Any, favoured: int) -> None:
+    write_checkpoint(tmp_path / "padded", vocab_size=512)  # the tokenizer has 400
+    padded = load(tmp_path / "padded")
 
-    assert generate(*demo, PROMPT, GenerateOptions(choices=("ab", "cd")), logits_processors=[favour]) in ("ab", "cd")
+    def favour(_tokens: Any, logits: Any) -> Any:
+        return logits.at[:, favoured].add(1e6)
+
+    options = GenerateOptions(choices=("ab", "cd"), temp=0)
+    assert generate(*padded, "I", options, logits_processors=[favour]) in ("ab", "cd")
+    free = GenerateOptions(temp=0, max_tokens=3)
+    answers = generate_batch(*padded, ["I"] * 3, [options, free, options], logits_processors=[favour])
+    assert answers[0].text in ("ab", "cd") and answers[2].text == answers[0].text
+    assert all(token < 400 for answer in answers for token in answer.tokens)
 
 
 @pytest.mark.parametrize(
@@ -219,6 +245,7 @@ def test_tokens_the_tokenizer_lacks_and_a_callers_processor_cannot_leave_the_for
         ({"regex": "("}, ["regex"]),
         ({"regex": "(?x: a)"}, ["verbose"]),
         ({"grammar": "begin: /a/"}, ["grammar", "start"]),
+        ({"grammar": 'start: %json {"x-guidance": {"lenient": true}, "not": {}}'}, ["grammar", "not"]),
     ],
     ids=str,
 )
@@ -280,3 +307,36 @@ def test_a_session_keeps_its_schema_and_says_where_a_type_cannot_be_saved(tmp_pa
         with pytest.raises(InputError, match="schema as a dict"):
             typed.save(tmp_path / "type.safetensors")
         assert not (tmp_path / "type.safetensors").exists()
+
+
+def test_a_processor_that_goes_on_and_back_masks_as_one_that_was_told_all_at_once(demo: Any) -> None:
+    options = GenerateOptions(regex="(to|two|too|[0-9]{2,3})( (be|bee|7))+")
+    grammar, eos = compile_grammar(demo[1], options), demo[1].eos_token_ids
+    assert grammar is not None
+    drawn, prompt, vocab_size = random.Random(2), [5, 6], demo[0].config.vocab_size
+    zeros = mx.zeros((1, vocab_size))
+
+    def mask_afresh(ids: list[int]) -> list[float]:
+        return GrammarProcessor(grammar, eos, prompt_tokens=2)(mx.array(prompt + ids), zeros)[0].tolist()
+
+    processor, ids, backs = GrammarProcessor(grammar, eos, prompt_tokens=2), [], 0
+    for _ in range(150):
+        mask = processor(mx.array(prompt + ids), zeros)[0].tolist()
+        assert mask == mask_afresh(ids)
+        allowed = [token for token, score in enumerate(mask) if score == 0 and token not in eos]
+        ids = [*ids, drawn.choice(allowed)]
+        if drawn.random() < 0.2:  # others than were consumed take their place, often fewer, at times more
+            ids = ids[: drawn.randint(0, len(ids) - 1)]
+            for _ in range(drawn.randint(0, 4)):
+                allowed = [i for i, score in enumerate(mask_afresh(ids)) if score == 0 and i not in eos]
+                ids = [*ids, drawn.choice(allowed)]
+            processor.move_to(ids)
+            backs += 1
+    assert backs > 10
+
+
+def test_a_schema_cannot_allow_itself_white_space(demo: Any) -> None:
+    schema = {"x-guidance": {"whitespace_flexible": True}, "type": "array", "items": {"type": "boolean"}}
+    grammar = compile_grammar(demo[1], GenerateOptions(schema=schema))
+    assert grammar is not None
+    assert grammar.is_complete("[true,false]") and not grammar.is_complete("[true, \n false]")
