@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # An arrow may point from a later entry to an earlier one only. A folder stands for all that is in it.
 ORDER = [
     "errors", "upstream", "program", "thread_end",
-    "model.json_file", "model.config", "model.rope", "model.activations", "model.relu2", "model.masks", "model.inputs", "model.losses",
+    "model.json_file", "model.config", "model.rope", "model.activations", "model.linear", "model.relu2", "model.masks", "model.inputs", "model.losses",
     "model.open_attention", "model.training", "model.decoder", "model.heads",
     "checkpoint.hub_request", "checkpoint.hub", "checkpoint.hub_upload", "checkpoint.shards", "checkpoint.links", "checkpoint.headers", "checkpoint.files", "checkpoint.sealed", "checkpoint.training_state", "checkpoint.names", "checkpoint.quantization", "checkpoint.function_schema", "checkpoint.chat_template", "checkpoint.detokenizer",
     "checkpoint.special_tokens", "checkpoint.tokenizer",

@@ -1,7 +1,7 @@
 """generate_batch and generate_answers: many answers at once, for scripts, over mlx-lm's continuous batching.
 
-One decode step of a batch reads the weights once for all its rows, which is what a GPU's time goes into. MLX's CPU
-backend multiplies quantized weights row by row, so there only a float model gains (see `arcee-mlx bench batch`).
+One decode step of a batch reads the weights once for all its rows, which is what a GPU's time goes into. On Linux's CPU
+a fast BLAS gains most: preload OpenBLAS (see `arcee-mlx bench batch`).
 """
 
 from __future__ import annotations

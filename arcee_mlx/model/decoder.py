@@ -23,6 +23,7 @@ from ..errors import InputError
 from .activations import ACTIVATIONS, relu2
 from .config import ArceeConfig
 from .inputs import Embedded, embed, keep_rows, read_inputs, read_positions
+from .linear import project
 from .losses import causal_loss
 from .masks import Mask, attention_mask_4d, causal_mask, packed_mask
 from .open_attention import attend_openly
@@ -81,9 +82,9 @@ class Attention(nn.Module):
         key: mx.array | None = None,
     ) -> tuple[mx.array, mx.array | None]:
         B, L, _ = x.shape
-        queries = rotate(self.q_proj(x).reshape(B, L, self.num_heads, -1), rotation).transpose(0, 2, 1, 3)
-        keys = rotate(self.k_proj(x).reshape(B, L, self.num_kv_heads, -1), rotation).transpose(0, 2, 1, 3)
-        values = self.v_proj(x).reshape(B, L, self.num_kv_heads, -1).transpose(0, 2, 1, 3)
+        queries = rotate(project(self.q_proj, x).reshape(B, L, self.num_heads, -1), rotation).transpose(0, 2, 1, 3)
+        keys = rotate(project(self.k_proj, x).reshape(B, L, self.num_kv_heads, -1), rotation).transpose(0, 2, 1, 3)
+        values = project(self.v_proj, x).reshape(B, L, self.num_kv_heads, -1).transpose(0, 2, 1, 3)
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
         probabilities = None
@@ -97,7 +98,7 @@ class Attention(nn.Module):
             out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.scale, mask=mask.hidden)
         if mask.sees is not None and probabilities is None:
             out = mx.where(mask.sees, out, 0)
-        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(B, L, -1)), probabilities
+        return project(self.o_proj, out.transpose(0, 2, 1, 3).reshape(B, L, -1)), probabilities
 
 
 class MLP(nn.Module):
@@ -112,10 +113,10 @@ class MLP(nn.Module):
 
     def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
         """(..., E) -> (..., E), added to `residual` where there is one."""
-        x = self.up_proj(x)
+        x = project(self.up_proj, x)
         if self.act_fn is relu2 and hasattr(self.down_proj, "after_relu2"):
             return self.down_proj.after_relu2(x, residual)
-        x = self.down_proj(self.act_fn(x))
+        x = project(self.down_proj, self.act_fn(x))
         return x if residual is None else residual + x
 
 
@@ -318,9 +319,7 @@ class ArceeForCausalLM(Trainable):
 
     def logits(self, hidden_states: mx.array) -> mx.array:
         """The head: (..., E) -> (..., V)."""
-        if "lm_head" in self:
-            return self.lm_head(hidden_states)
-        return self.model.embed_tokens.as_linear(hidden_states)
+        return project(self.lm_head if "lm_head" in self else self.model.embed_tokens, hidden_states)
 
     def make_cache(self, max_kv_size: int | None = None) -> list[Any]:
         """See `ArceeModel.make_cache`."""

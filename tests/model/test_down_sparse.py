@@ -39,6 +39,12 @@ def forbid_gathering(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(down, "_find_active", lambda a: pytest.fail("rows were looked for"))
 
 
+@pytest.fixture(autouse=True)
+def slow_blas(monkeypatch):
+    """MLX's own product with all rows, whatever the process was started with."""
+    monkeypatch.setattr(down, "has_fast_blas", lambda: False)
+
+
 @pytest.fixture
 def gpu(emulator, monkeypatch):
     """An emulated GPU, on which kernels have not been used yet."""

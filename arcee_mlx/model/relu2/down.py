@@ -20,6 +20,7 @@ import numpy as np
 
 from ...errors import InputError
 from ..activations import relu2
+from ..linear import has_fast_blas
 from . import kernels, self_check
 from .kernels import MAX_TOKENS
 from .lora import LoRADownByNeuron
@@ -28,9 +29,11 @@ from .rows import Rows
 VARIABLE = "ARCEE_MLX_SPARSE"
 Sparse = Literal["off", "on", "auto"]
 # kernel: on a GPU. gathered: rows taken out of the matrix, on the CPU, whose zeros are seen without waiting.
-# dense: all rows. unpacked: all rows, as floats, for a plain product, which is a GPU's fastest for many tokens.
+# dense: all rows. unpacked: all rows, as floats, for a plain product, the fastest for many tokens on a GPU, and for
+# several with a fast BLAS on the CPU.
 Path = Literal["kernel", "gathered", "dense", "unpacked"]
 UNPACK_TOKENS = 512
+BLAS_UNPACK_TOKENS = 6  # on the CPU with a BLAS that is worth it
 # On the CPU taking rows out costs time of its own: below so many weights, or with a larger share of neurons to take, all
 # rows are sooner read where they lie (`arcee-mlx bench decode`).
 GATHER_WEIGHTS = 2**20
@@ -97,14 +100,18 @@ class ByNeuron(nn.Module):
         if asked != "off" and not self.training and x.shape[0] <= MAX_TOKENS:
             if not on_gpu:
                 large = x.shape[1] * rows.hidden >= GATHER_WEIGHTS
-                return "gathered" if large or asked == "on" else "dense"
-            reason = kernels.explain_unserved(x, rows, self.get("bias"))
-            reason = reason or self_check.find_fault(x.dtype, rows.bits, rows.group_size, x.shape[0])
-            if reason is None:
-                return "kernel"
-            if asked == "on":
-                raise InputError(f"{VARIABLE} is 'on' for {reason}; expected a product it can do; set it to auto")
-        return "unpacked" if on_gpu and rows.bits and x.shape[0] >= UNPACK_TOKENS else "dense"
+                if large or asked == "on":
+                    return "gathered"
+            else:
+                reason = kernels.explain_unserved(x, rows, self.get("bias"))
+                reason = reason or self_check.find_fault(x.dtype, rows.bits, rows.group_size, x.shape[0])
+                if reason is None:
+                    return "kernel"
+                if asked == "on":
+                    raise InputError(f"{VARIABLE} is 'on' for {reason}; expected a product it can do; set it to auto")
+        if not on_gpu and (not has_fast_blas() or x.dtype != mx.float32):
+            return "dense"
+        return "unpacked" if rows.bits and x.shape[0] >= (UNPACK_TOKENS if on_gpu else BLAS_UNPACK_TOKENS) else "dense"
 
     def shard(self, group: mx.distributed.Group) -> None:
         """Keeps this process's share of the neurons; what the processes compute is then summed.

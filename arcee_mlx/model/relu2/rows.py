@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
+from ..linear import unpack
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -55,4 +57,5 @@ class Rows:
         """The matrix in floats, (F, E)."""
         if self.scales is None:
             return self.weights
-        return mx.dequantize(self.weights, self.scales, self.biases, self.group_size, self.bits, self.mode)
+        assert self.group_size is not None and self.bits is not None
+        return unpack(self.weights, self.scales, self.biases, self.group_size, self.bits, self.mode)
