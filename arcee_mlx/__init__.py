@@ -5,7 +5,7 @@ from .checkpoint.function_schema import get_json_schema
 from .checkpoint.loading import DEMO_MODEL, load, load_model, load_tokenizer, save_checkpoint
 from .checkpoint.tokenizer import Tokenizer
 from .checkpoint.training_state import load_training_state, save_training_state
-from .engine import AnswerStream, AsyncAnswerStream, Engine, EngineStats, Message, Request, Session
+from .engine import AnswerStream, AsyncAnswerStream, Engine, EngineStats, Message, Request, Session, run_tools
 from .errors import (
     ArceeError,
     CallbackError,
@@ -29,8 +29,11 @@ from .generate import (
     GenerateOptions,
     GenerationChunk,
     GenerationStats,
+    InvalidToolCall,
     PromptCache,
     TokenLogprob,
+    ToolCall,
+    ToolResult,
     beam_search,
     cache_prompt,
     generate,
@@ -102,6 +105,7 @@ __all__ = [
     "IncompleteAnswerError",
     "InputError",
     "Inspection",
+    "InvalidToolCall",
     "LabelScore",
     "MemoryBudgetError",
     "Message",
@@ -117,6 +121,8 @@ __all__ = [
     "TokenScore",
     "Tokenizer",
     "TokenizerError",
+    "ToolCall",
+    "ToolResult",
     "answer",
     "beam_search",
     "cache_prompt",
@@ -133,6 +139,7 @@ __all__ = [
     "load_prompt_cache",
     "load_tokenizer",
     "load_training_state",
+    "run_tools",
     "save_checkpoint",
     "save_peft_adapter",
     "save_prompt_cache",

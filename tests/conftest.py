@@ -23,7 +23,9 @@ from emulator import Emulator
 from loopback_hub import LoopbackHub
 
 # Modules that assert on behalf of several test files: a failure shows what they compared, too.
-pytest.register_assert_rewrite("checkpoint_changes", "conversion_data", "engine_scene", "tokenizer_data")
+pytest.register_assert_rewrite(
+    "checkpoint_changes", "conversion_data", "engine_scene", "engine_script", "tokenizer_data"
+)
 
 TEXT = (
     "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in my purse, I thought "

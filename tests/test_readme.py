@@ -23,7 +23,7 @@ def test_the_python_runs_as_it_stands(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     codes = [code for code in blocks("python") if "my-classifier" not in code]  # test_train_classifier.py runs that
-    assert len(codes) == len(blocks("python")) - 1 == 9
+    assert len(codes) == len(blocks("python")) - 1 == 10
     scope: dict[str, object] = {}
     for code in codes:
         exec(compile(code, "README.md", "exec", dont_inherit=True), scope)

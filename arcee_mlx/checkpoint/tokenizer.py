@@ -125,7 +125,7 @@ class Tokenizer:
             exists; chat checkpoints that end a turn with another token than they end a document with often name it in
             one place only, and a model that runs past its turn talks to itself. mlx-lm adds it for the same reason.
         generation_config: The checkpoint's generation_config.json, where its defaults for sampling are; {} without.
-        chat_template: The text of the default chat template, or None.
+        chat_template, tool_template: The texts of the chat templates for prompts without and with tools, or None.
         has_chat_template: Whether there is any chat template, default or not.
     """
 
@@ -166,6 +166,7 @@ class Tokenizer:
         self.eos_token_ids: frozenset[int] = frozenset(eos_token_ids).union(own)
         self.has_chat_template = bool(self._chat_templates)
         self.chat_template = self._chat_templates.get("default")
+        self.tool_template = self._chat_templates.get("tool_use", self.chat_template)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Turn text into ids. The text of a special token inside it gives that token's id, as in transformers.

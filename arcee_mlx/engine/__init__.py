@@ -5,6 +5,7 @@ from .engine import Engine
 from .request import Request, RequestState
 from .scheduler import EngineStats
 from .session import Session
+from .tool_loop import run_tools
 from .transcript import Message
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "Request",
     "RequestState",
     "Session",
+    "run_tools",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -11,7 +12,7 @@ from concurrent.futures import Future
 from ..errors import InputError
 from ..generate.answer import GenerationChunk
 from ..thread_end import wait_for_this_thread_at_exit
-from .request import Request
+from .request import Request, closed_error
 
 
 class AnswerStream:
@@ -63,6 +64,7 @@ class AsyncAnswerStream:
         self._request: Request | None = None
         self._news: asyncio.Event | None = None
         self._submitting = self._closed = False
+        self._process = os.getpid()
 
     @property
     def request(self) -> Request | None:
@@ -115,6 +117,9 @@ class AsyncAnswerStream:
             raise InputError(
                 "a second task waits for the first chunk; expected one task a stream; ask for another stream"
             )
+        # Before anything waits, perhaps on a loop that the parent's process turns, too.
+        if self._process != os.getpid():
+            raise closed_error()
         loop = asyncio.get_running_loop()
         self._submitting = True
         submitting: Future[Request] = Future()

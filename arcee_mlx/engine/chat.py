@@ -7,14 +7,18 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 
 from ..errors import InputError
 from ..generate.options import GenerateOptions
+from ..generate.stop import StopMatcher
+from ..generate.tools import ToolCall, ToolResult, find_tool_format
 from .answer_stream import AnswerStream
 from .engine import Engine
 from .session import Session
+from .tool_loop import Functions, free_to_call, run_call
 
 COMMANDS = {
     "/help": ("", "this list"),
@@ -26,6 +30,7 @@ COMMANDS = {
     "/stats": ("", "tokens, speed, memory"),
     "/quit": ("", "leave (also /exit, Ctrl-D)"),
 }
+_YES = ("y", "yes")
 ALIASES = {"/regenerate": "/again", "/exit": "/quit"}
 _ENDINGS = {
     "cancelled": "stopped",
@@ -41,13 +46,25 @@ class Chat:
         session: the conversation.
     """
 
-    def __init__(self, engine: Engine, session: Session, options: GenerateOptions, *, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        session: Session,
+        options: GenerateOptions,
+        *,
+        quiet: bool = False,
+        functions: Functions | None = None,
+        ask: Callable[[str], str] = input,
+    ) -> None:
         """Args:
-        options: of every answer.
+        options: of every answer; with the tools that `functions` runs.
         quiet: no notes nobody asked for.
+        functions: by the names that the model calls them by.
+        ask: shows a question and gives what is typed; asked before each call.
         """
         self.session = session
         self._engine, self._options, self._quiet = engine, options, quiet
+        self._functions, self._ask = functions or {}, ask
         self._tries = 0
         self._last_stats = "no answer yet"
 
@@ -60,7 +77,7 @@ class Chat:
         if not line.startswith("/"):
             if text := line.strip():
                 self._tries = 0
-                self._answer(lambda: self.session.send(text, self._options))
+                self._converse(lambda: self.session.send(text, self._options))
             return True
         name, _, given = line.partition(" ")
         name, given = ALIASES.get(name, name), given.strip()
@@ -85,15 +102,32 @@ class Chat:
         does[name]()
         return True
 
+    def _converse(self, start: Callable[[], AnswerStream]) -> None:
+        """An answer, and where it calls tools that are to run, those to what they came to."""
+        self._answer(start)
+        while self._functions and (calls := self.session.pending_tool_calls):
+            results = [self._run(call) for call in calls]
+            self._answer(partial(self.session.send, results, free_to_call(self._options)))
+
+    def _run(self, call: ToolCall) -> ToolResult:
+        result = run_call(call, self._functions, lambda call: self._ask(f"Run {call}? [y/N] ").strip().lower() in _YES)
+        _tell(f"({call.name}: {result.content})")
+        return result
+
     def _answer(self, start: Callable[[], AnswerStream]) -> None:
+        tools = self._options.tools
+        before_calls = StopMatcher([find_tool_format(self._engine.tokenizer, tools).start] if tools else [])
+        shown = 0
         with _ctrl_c_stops(start) as stream:
             try:
                 for chunk in stream:
-                    sys.stdout.write(chunk.text)
-                    sys.stdout.flush()
+                    shown += _show(before_calls.add(chunk.text))
+                shown += _show(before_calls.finish())
             finally:
                 print(flush=True)
         answer = stream.request.result()
+        if not answer.tool_calls and shown < len(answer.text):  # it began like a call and is none
+            print(answer.text[shown:], flush=True)
         stats = answer.stats
         self._last_stats = (
             f"{stats.generation_tokens} tokens, {stats.generation_tokens_per_s:.1f} a second, seed {stats.seed}; "
@@ -110,10 +144,13 @@ class Chat:
         options, seed = self._options, self._options.seed
         if seed is not None:  # the same one would give the same answer
             options = replace(options, seed=(seed + self._tries) % 2**64)
-        self._answer(lambda: self.session.regenerate(options))
+        if [message.role for message in self.session.messages[-2:-1]] == ["tool"]:
+            options = free_to_call(options)
+        self._converse(lambda: self.session.regenerate(options))
 
     def _undo(self) -> None:
-        self.session.roll_back()
+        said = [message.role for message in self.session.messages if message.role in ("user", "assistant")]
+        self.session.roll_back(max(1, said[::-1].index("user")) if "user" in said else 1)
         _tell(f"({len(self.session.messages)} messages are left)")
 
     def _system(self, text: str) -> None:
@@ -162,6 +199,13 @@ def _ctrl_c_stops(start: Callable[[], AnswerStream]) -> Iterator[AnswerStream]:
         yield stream
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _show(text: str) -> int:
+    """Writes what is certain of an answer; gives its length."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+    return len(text)
 
 
 def _tell(text: str) -> None:

@@ -6,9 +6,14 @@ Answers go to standard output as they are made; everything else (prompts, notes,
 from __future__ import annotations
 
 import argparse
+import importlib
+import operator
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from ..errors import ArceeError, InputError
@@ -23,6 +28,7 @@ from ..generate.arguments import (
 from ..generate.opening import name_model
 from .chat import Chat
 from .engine import Engine
+from .tool_loop import Functions, read_functions
 
 __all__ = ["add_arguments", "run"]
 
@@ -44,6 +50,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     conversation.add_argument(
         "--history-file", metavar="FILE", type=Path, help="keep typed lines for next time (default: in memory only)"
     )
+    tools = parser.add_argument_group("tools")
+    tools.add_argument(
+        "--tools",
+        dest="functions",  # the options of an answer hold what they are told of
+        metavar="MODULE:FUNCTION,...",
+        help="functions the model may call, from modules in this folder or installed; you are asked before each call",
+    )
+    tools.add_argument(
+        "--tool-choice",
+        dest="choice",
+        metavar="CHOICE",
+        help="whether an answer to you calls tools: auto, none, required, or the name of one (default: auto)",
+    )
     add_model_arguments(parser)
     add_sampling_arguments(parser)
     add_ending_arguments(parser)
@@ -54,6 +73,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs `chat` as parsed; returns the exit status. A terminal is told of errors; a pipe ends with the first."""
     options = read_options(args)
+    functions = _import_functions(args.functions) if args.functions is not None else {}
+    if args.choice is not None and not functions:
+        raise InputError("--tool-choice without --tools: there is nothing to choose from; give both")
+    options = replace(options, tools=tuple(functions.values()), tool_choice=args.choice or "auto")
     if args.session is not None and (args.system_prompt is not None or args.overflow is not None):
         raise InputError("--session with --system-prompt or --overflow: the file has its own; leave them out")
     at_terminal = sys.stdin.isatty()
@@ -77,14 +100,16 @@ def run(args: argparse.Namespace) -> int:
             session = engine.load_session(args.session)
         else:
             session = engine.session(args.system_prompt, overflow=args.overflow or "refuse")
-        chat = Chat(engine, session, options, quiet=args.quiet)
+        lines = _read_pipe()
+        ask = _ask if at_terminal else partial(_ask_pipe, lines)
+        chat = Chat(engine, session, options, quiet=args.quiet, functions=functions, ask=ask)
         if at_terminal:
             if not args.quiet:
                 print(WELCOME, file=sys.stderr)
             with _line_editing(args.history_file):
                 _converse(chat)
         else:
-            for line in _read_pipe():
+            for line in lines:
                 if not chat.take(line):
                     break
     return 0
@@ -94,7 +119,7 @@ def _converse(chat: Chat) -> None:
     go_on = True
     while go_on:
         try:
-            go_on = chat.take(_ask())
+            go_on = chat.take(_ask(PROMPT))
         except KeyboardInterrupt:
             print(f"\n{HOW_TO_LEAVE}", file=sys.stderr)
         except EOFError:
@@ -106,11 +131,36 @@ def _converse(chat: Chat) -> None:
             print(f"error: {error}", file=sys.stderr)
 
 
-def _ask() -> str:
+def _ask(question: str) -> str:
     if sys.stdout.isatty():
-        return input(PROMPT)
-    print(PROMPT, end="", file=sys.stderr, flush=True)  # standard output is for answers
+        return input(question)
+    print(question, end="", file=sys.stderr, flush=True)  # standard output is for answers
     return input()
+
+
+def _ask_pipe(lines: Iterator[str], question: str) -> str:
+    """The next line answers; where there is none, no."""
+    answer = next(lines, "")
+    print(f"{question}{answer}", file=sys.stderr, flush=True)
+    return answer
+
+
+def _import_functions(names: str) -> Functions:
+    functions = []
+    sys.path.insert(0, os.getcwd())  # where `python -m` finds modules, too
+    try:
+        for name in names.split(","):
+            module, _, function = name.strip().partition(":")
+            try:
+                functions.append(operator.attrgetter(function)(importlib.import_module(module)))
+            except (ImportError, AttributeError, ValueError) as error:
+                raise InputError(
+                    f"--tools names {name.strip()!r}, which cannot be imported ({error}); expected MODULE:FUNCTION of a "
+                    f"module in this folder or installed; check both names"
+                ) from error
+    finally:
+        sys.path.remove(os.getcwd())
+    return read_functions(functions)
 
 
 def _read_pipe() -> Iterator[str]:

@@ -153,7 +153,9 @@ class Engine:
             prompt: text; or messages; or token ids, as in `arcee_mlx.generate`.
             options: None takes the checkpoint's generation_config.json throughout.
             logits_processors: functions (tokens so far (n,), logits (1, V)) -> logits (1, V), called on the engine's
-                thread; what they raise fails this request alone.
+                thread; what they raise, or what fails when it is computed, fails this request alone. Therefore its
+                scores are computed at every step before the next begins, and no step of its batch overlaps another.
+                Nothing survives an index far out of range, as in `mx.take`, nor `mx.linalg.eig` of NaN on the CPU.
             deadline_s: seconds from now after which the answer ends with what is made, its stop_reason "deadline".
             wait: False fails the request with MemoryBudgetError where it would wait for others to free their memory.
 
@@ -284,14 +286,26 @@ class Engine:
         """What it did and holds."""
         return self._scheduler().stats()
 
-    def close(self) -> None:
+    def close(self, *, timeout_s: float | None = None) -> None:
         """Ends within one step or chunk: requests that have not ended fail with EngineClosedError, the memory is freed.
 
-        May be called again, and from any thread.
+        May be called again, and from any thread. A logits processor that does not return keeps it waiting, and the end
+        of the program, too, where Ctrl-C ends the wait.
+
+        Args:
+            timeout_s: seconds to wait at most; None for as long as it takes. Waiting ends, the engine is closing.
+
+        Raises:
+            TimeoutError: the engine's thread still runs.
         """
         self._owner.stop()
         if self._process == os.getpid() and threading.current_thread() is not self._owner:
-            self._owner.join()
+            self._owner.join(timeout_s)
+            if at := self._owner.find_place():
+                raise TimeoutError(
+                    f"the engine's thread is still at {at} after {timeout_s} s; expected the end of a step or a chunk; wait "
+                    "longer, or have the logits processor return"
+                )
 
     def __enter__(self) -> Engine:
         return self

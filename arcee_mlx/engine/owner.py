@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -77,6 +78,13 @@ class Owner(threading.Thread):
         """Asks for the end; `join` waits for it, for no more than a step or a chunk. Takes no lock: finalizers call it."""
         self._stopping = True
         self.wake()
+
+    def find_place(self) -> str | None:
+        """Where in its code it is now; None when it has ended."""
+        frame = sys._current_frames().get(self.ident or 0) if self.is_alive() else None
+        if frame is None:
+            return None
+        return f"line {frame.f_lineno} of {frame.f_code.co_name} in {frame.f_code.co_filename}"
 
     def submit(self, requests: list[Request]) -> None:
         """Puts requests in line, one behind the other.

@@ -196,7 +196,7 @@ class Request:
         if made:
             answer = join_chunks(made, reason, request=self.checked)
         else:
-            whole = None if self.checked.grammar is None else self.checked.grammar.is_complete("")
+            whole, _, _ = self.checked.judge("")
             answer = Answer("", (), reason, self._no_stats(), is_complete=whole, schema=self.checked.options.schema)
         self._settle(answer)
         with self._changed:

@@ -18,15 +18,16 @@ from ..generate.answer import Answer
 from ..generate.options import GenerateOptions
 from ..generate.request import Prompt
 from ..generate.sampling import LogitsProcessor
+from ..generate.tools import ToolCall
 from .answer_stream import AnswerStream, AsyncAnswerStream
 from .owner import Owner
 from .prefix_cache import kind_of
 from .request import OnEnd, Request, check_buffer, closed_error
 from .session_file import save_session
-from .transcript import Draft, Message, Overflow, Transcript, Turn
+from .transcript import Draft, Message, Overflow, Said, Transcript, Turn
 
-# From a session's turns to those that the next answer goes on from, and the user's message it answers.
-Choice = Callable[[tuple[Turn, ...]], tuple[tuple[Turn, ...], str]]
+# From a session's turns to those that the next answer goes on from, and what it answers.
+Choice = Callable[[tuple[Turn, ...]], tuple[tuple[Turn, ...], Said]]
 
 
 class Submit(Protocol):
@@ -77,6 +78,11 @@ class Session:
         return self._transcript.messages
 
     @property
+    def pending_tool_calls(self) -> tuple[ToolCall, ...]:
+        """The calls in the last answer, which nobody has sent the results of; see `send`, and `run_tools`."""
+        return self._transcript.pending_tool_calls
+
+    @property
     def options(self) -> GenerateOptions | None:
         """For answers that are given none of their own."""
         return self._transcript.options
@@ -94,17 +100,17 @@ class Session:
 
     def send(
         self,
-        text: str,
+        text: Said,
         options: GenerateOptions | None = None,
         *,
         deadline_s: float | None = None,
         logits_processors: Sequence[LogitsProcessor] = (),
         buffer_chunks: int = 64,
     ) -> AnswerStream:
-        """Answers a message of the user's, piece by piece.
+        """Answers a message of the user's, or what tools gave, piece by piece.
 
         Args:
-            text: of the message.
+            text: of the message; or the ToolResults of `pending_tool_calls`, one each, in their order.
             options: instead of the session's.
             deadline_s, logits_processors, buffer_chunks: see `Engine.stream`.
 
@@ -121,7 +127,7 @@ class Session:
 
     def asend(
         self,
-        text: str,
+        text: Said,
         options: GenerateOptions | None = None,
         *,
         deadline_s: float | None = None,
@@ -144,17 +150,17 @@ class Session:
     ) -> AnswerStream:
         """Makes the last answer anew; the new one takes its place when it has ended. See `send`."""
 
-        def choose(turns: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], str]:
+        def choose(turns: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], Said]:
             if not turns:
                 raise InputError("the session has no answer yet; expected one to make anew; send a message first")
-            return turns[:-1], turns[-1].user
+            return turns[:-1], turns[-1].tool_results or turns[-1].user
 
         return AnswerStream(self._answer(choose, options, deadline_s, logits_processors, buffer_chunks))
 
     def edit(
         self,
         turn: int,
-        text: str,
+        text: Said,
         options: GenerateOptions | None = None,
         *,
         deadline_s: float | None = None,
@@ -164,12 +170,12 @@ class Session:
         """Answers another message in the place of an earlier one; when that has ended, all that followed is gone.
 
         Args:
-            turn: which of the user's messages; 0 is the first.
+            turn: which turn; 0 is the first. Each answer ends one, those that call tools included.
 
         See `send` for the rest.
         """
 
-        def choose(turns: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], str]:
+        def choose(turns: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], Said]:
             if type(turn) is not int or not 0 <= turn < len(turns):
                 raise InputError(f"turn is {turn!r}; expected one of the session's {len(turns)}, 0 the first")
             return turns[:turn], text

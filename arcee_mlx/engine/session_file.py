@@ -22,11 +22,13 @@ from ..errors import InputError
 from ..generate.options import GenerateOptions
 from ..generate.prefill import fill_cache, make_prompt_cache
 from ..generate.prompt_cache import hash_text
+from ..generate.tools import ToolCall, ToolResult
 from .owner import Owner
 from .prefix_cache import CacheKind
 from .transcript import OVERFLOWS, Transcript, Turn
 
-_VERSION = 1
+_VERSION = 2
+_READABLE_VERSIONS = (1, 2)  # 1 knew no tools
 
 
 def save_session(path: str | os.PathLike[str], transcript: Transcript, owner: Owner) -> None:
@@ -70,9 +72,9 @@ def load_session(path: str | os.PathLike[str], owner: Owner) -> Transcript:
     """
     path = Path(path).expanduser()
     content, entries = read_sealed_file(path, "session", "Session.save")
-    if content.get("version") != _VERSION:
+    if content.get("version") not in _READABLE_VERSIONS:
         raise InputError(
-            f"{path}: is of format version {content.get('version')}; expected {_VERSION}; load it with the arcee_mlx that "
+            f"{path}: is of format version {content.get('version')}; expected at most {_VERSION}; load it with the arcee_mlx that "
             f"saved it"
         )
     if content.get("weights_sha256") != owner.call(lambda: owner.scheduler.weights_sha256):
@@ -108,19 +110,32 @@ def _describe(transcript: Transcript) -> dict[str, Any]:
 
 
 def _read_transcript(content: Mapping[str, Any]) -> Transcript:
-    turns = tuple(Turn(**values | {"ids": tuple(values["ids"])}) for values in content["turns"])
+    turns = tuple(map(_read_turn, content["turns"]))
     options = content["options"]
     if options is not None:
         options = GenerateOptions(**options | {"logit_bias": dict(options["logit_bias"])})
     bits, group_size = content["cache_kind"]
     transcript = Transcript(content["system_prompt"], turns, options, content["overflow"], (bits, group_size))
     texts = [transcript.system_prompt or "", *(text for turn in turns for text in (turn.user, turn.answer, turn.text))]
+    texts += [text for turn in turns for result in turn.tool_results for text in (result.name, result.content)]
+    texts += [text for turn in turns for call in turn.tool_calls for text in (call.name, call.text)]
     numbers = [content["cached_tokens"], *(number for turn in turns for number in (turn.dropped_turns, *turn.ids))]
     if {type(text) for text in texts} != {str} or {type(number) for number in numbers} != {int}:
         raise TypeError("its texts and numbers are of other types")
     if transcript.overflow not in OVERFLOWS:
         raise ValueError(f"overflow is {transcript.overflow!r}")
     return transcript
+
+
+def _read_turn(values: Mapping[str, Any]) -> Turn:
+    return Turn(
+        **{
+            **values,
+            "ids": tuple(values["ids"]),
+            "tool_results": tuple(ToolResult(**result) for result in values.get("tool_results", ())),
+            "tool_calls": tuple(ToolCall(**call) for call in values.get("tool_calls", ())),
+        }
+    )
 
 
 def _hash_text(owner: Owner, transcript: Transcript) -> str:

@@ -6,6 +6,7 @@ from .beam import Beam, beam_search
 from .options import GenerateOptions, StopReason
 from .prompt_cache import PromptCache, cache_prompt, load_prompt_cache, save_prompt_cache
 from .stream import generate, stream_generate
+from .tools import InvalidToolCall, ToolCall, ToolResult
 
 __all__ = [
     "Answer",
@@ -13,9 +14,12 @@ __all__ = [
     "GenerateOptions",
     "GenerationChunk",
     "GenerationStats",
+    "InvalidToolCall",
     "StopReason",
     "PromptCache",
     "TokenLogprob",
+    "ToolCall",
+    "ToolResult",
     "beam_search",
     "cache_prompt",
     "generate",

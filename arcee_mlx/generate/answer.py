@@ -10,6 +10,7 @@ from ..errors import IncompleteAnswerError, InputError
 from .json_schema import parse_answer
 from .options import StopReason
 from .request import Request
+from .tools import InvalidToolCall, ToolCall, cut_tool_calls
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,9 @@ class GenerationChunk:
         stats: so far.
         logprob: of the token, under the model itself; None unless `logprobs` was asked for.
         top_logprobs: of the likeliest tokens, the likeliest first; as many as `top_logprobs` asked for.
-        is_complete: on the last chunk, whether the answer is all that its schema, regex, grammar or choices ask for; None
-            before, and where they ask for nothing.
+        is_complete: on the last chunk, whether the answer is all that its schema, regex, grammar, choices or tools ask for;
+            None before, and where they ask for nothing.
+        tool_calls: on the last chunk, those that the answer asks for.
     """
 
     text: str
@@ -81,6 +83,7 @@ class GenerationChunk:
     logprob: float | None = None
     top_logprobs: tuple[TokenLogprob, ...] = ()
     is_complete: bool | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,11 @@ class Answer:
         stats: of the whole; in a batch the times are those of the batch as this answer saw it.
         logprobs: of every token; empty unless asked for.
         top_logprobs: a tuple a token; empty unless asked for.
-        is_complete: whether it is all that its schema, regex, grammar or choices ask for; None where they ask for nothing.
+        is_complete: whether it is all that its schema, regex, grammar, choices or tools ask for; None where they ask for
+            nothing.
         schema: that was asked for; None without one.
+        tool_calls: that it asks for, in its order; empty without `tools`.
+        invalid_tool_calls: what begins like a call and cannot be read as one; that stays in `content`.
     """
 
     text: str
@@ -106,6 +112,13 @@ class Answer:
     top_logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
     is_complete: bool | None = None
     schema: Any = field(default=None, repr=False, compare=False)
+    tool_calls: tuple[ToolCall, ...] = ()
+    invalid_tool_calls: tuple[InvalidToolCall, ...] = ()
+
+    @property
+    def content(self) -> str:
+        """The text without the calls in it, nor white space around them."""
+        return cut_tool_calls(self.text, self.tool_calls)
 
     @property
     def parsed(self) -> Any:
@@ -127,7 +140,7 @@ def check_complete(is_complete: bool | None, text: str, stop_reason: StopReason 
     if is_complete is False:
         raise IncompleteAnswerError(
             f"the answer is incomplete: {text[-60:]!r} is where it ended ({stop_reason}); expected all that its schema, "
-            f"regex, grammar or choices ask for; allow more max_tokens, or read what was made (.text)",
+            f"regex, grammar, choices or tools ask for; allow more max_tokens, or read what was made (.text)",
             text,
         )
 
@@ -144,16 +157,21 @@ def join_chunks(
     reason = stop_reason or chunks[-1].stop_reason
     assert reason is not None
     text = "".join(chunk.text for chunk in chunks)
-    is_complete = chunks[-1].is_complete
-    if request is not None and request.grammar is not None and is_complete is None:
-        is_complete = request.grammar.is_complete(text)
+    last = chunks[-1]
+    is_complete, calls = last.is_complete, last.tool_calls
+    invalid: tuple[InvalidToolCall, ...] = ()
+    if request is not None and not request.is_free:
+        ended = is_complete is True and last.stop_reason is not None
+        is_complete, calls, invalid = request.judge(text, is_ended=ended)
     return Answer(
         text=text,
         tokens=tuple(chunk.token for chunk in chunks),
         stop_reason=reason,
-        stats=chunks[-1].stats,
+        stats=last.stats,
         logprobs=tuple(chunk.logprob for chunk in chunks if chunk.logprob is not None),
         top_logprobs=tuple(chunk.top_logprobs for chunk in chunks if chunk.top_logprobs),
         is_complete=is_complete,
         schema=None if request is None else request.options.schema,
+        tool_calls=calls,
+        invalid_tool_calls=invalid,
     )

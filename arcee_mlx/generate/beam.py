@@ -86,9 +86,10 @@ def beam_search(
             raise InputError(
                 f"{name} is {getattr(options, name)!r} in a beam search, which neither samples nor drafts; leave it out"
             )
-    if options.has_grammar:
+    if options.has_grammar or options.tools:
         raise InputError(
-            "a beam search follows no schema, regex, grammar or choices; leave them out, or sample instead"
+            "a beam search follows no schema, regex, grammar or choices, and calls no tools; leave them out, or sample "
+            "instead"
         )
     request = read_request(model.config, tokenizer, prompt, replace(options, temp=0.0, top_k=0, top_p=1.0, min_p=0.0))
     processors = make_logits_processors(

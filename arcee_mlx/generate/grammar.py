@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -18,15 +19,14 @@ import numpy as np
 
 from ..checkpoint.tokenizer import Tokenizer
 from ..errors import GrammarError
-from .json_schema import explain_refusal, make_json_schema
+from .json_schema import STRICT_JSON, explain_refusal, make_json_schema, make_parameters_schema
 from .options import GenerateOptions
 from .regex import translate_python_regex
+from .tools import ToolFormat, write_tool_grammar
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-# Strict whatever a schema says of itself; a model that may write white space writes it without end.
-_JSON_OPTIONS = {"whitespace_flexible": False, "coerce_one_of": False, "lenient": False}
 _KEPT_GRAMMARS = 32
 
 
@@ -146,6 +146,14 @@ class _Compiler:
     def compile_lark(self, text: str) -> Grammar:
         return self._compile_named("grammar", self._matchers.grammar_from_lark(text), text)
 
+    def compile_tools(self, tools: Sequence[dict[str, Any]], lark: str) -> Grammar:
+        for tool in tools:
+            try:
+                self.compile_schema(make_parameters_schema(tool["function"]["parameters"]))
+            except GrammarError as error:
+                raise GrammarError(f"tool {tool['function']['name']}: its parameters' {error}") from error
+        return self.compile_lark(lark)
+
     def _compile_named(self, name: str, source: str, written: object) -> Grammar:
         try:
             return self._compile(source)
@@ -153,7 +161,7 @@ class _Compiler:
             raise GrammarError(f"{name} {written!r} cannot be enforced: {error}") from error
 
     def _write_schema(self, schema: dict[str, Any]) -> str:
-        return self._matchers.grammar_from_json_schema(json.dumps(schema), overrides=_JSON_OPTIONS)  # type: ignore[arg-type]
+        return self._matchers.grammar_from_json_schema(json.dumps(schema), overrides=STRICT_JSON)  # type: ignore[arg-type]
 
     def _is_refused(self, schema: dict[str, Any]) -> bool:
         is_error, messages = self._matchers.validate_grammar_with_warnings(self._write_schema(schema), self._tokens)
@@ -164,17 +172,18 @@ _compilers: WeakKeyDictionary[Tokenizer, _Compiler] = WeakKeyDictionary()
 _compilers_lock = threading.Lock()
 
 
-def compile_grammar(tokenizer: Tokenizer, options: GenerateOptions) -> Grammar | None:
+def compile_grammar(tokenizer: Tokenizer, options: GenerateOptions, tools: ToolFormat | None = None) -> Grammar | None:
     """What the options ask an answer to be; None where it may be anything.
+
+    Args:
+        tools: how calls are written; None where there are none to call.
 
     Raises:
         GrammarError: it cannot be enforced; names the option, and of a schema the keyword and its place.
     """
     if not options.has_grammar:
-        return None
-    with _compilers_lock:
-        if (compiler := _compilers.get(tokenizer)) is None:
-            compiler = _compilers[tokenizer] = _Compiler(tokenizer)
+        return None if tools is None else _compile_tools(tokenizer, options, tools)
+    compiler = _find_compiler(tokenizer)
     if options.schema is not None:
         return compiler.compile_schema(make_json_schema(options.schema))
     if options.regex is not None:
@@ -184,3 +193,18 @@ def compile_grammar(tokenizer: Tokenizer, options: GenerateOptions) -> Grammar |
         return compiler.compile_regex("choices", pattern, options.choices)
     assert options.grammar is not None
     return compiler.compile_lark(options.grammar)
+
+
+def _compile_tools(tokenizer: Tokenizer, options: GenerateOptions, tools: ToolFormat) -> Grammar | None:
+    choice = options.tool_choice
+    lark = write_tool_grammar(tokenizer, tools, choice, parallel_tool_calls=options.parallel_tool_calls)
+    if lark is None:
+        return None
+    return _find_compiler(tokenizer).compile_tools(tools.tools if choice != "none" else (), lark)
+
+
+def _find_compiler(tokenizer: Tokenizer) -> _Compiler:
+    with _compilers_lock:
+        if (compiler := _compilers.get(tokenizer)) is None:
+            compiler = _compilers[tokenizer] = _Compiler(tokenizer)
+    return compiler

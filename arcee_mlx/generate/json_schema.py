@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ..errors import GrammarError, InputError
@@ -21,6 +21,8 @@ _SINGLES = (
     "items", "additionalProperties", "unevaluatedProperties", "unevaluatedItems", "propertyNames", "contains", "not", "if",
     "then", "else",
 )  # fmt: skip
+# For llguidance. Strict whatever a schema says of itself; a model that may write white space writes it without end.
+STRICT_JSON = {"whitespace_flexible": False, "coerce_one_of": False, "lenient": False}
 # What older drafts said and 2020-12 does not, so that it would do nothing.
 _OLD_KEYWORDS = ("additionalItems", "divisibleBy", "disallow", "extends")
 
@@ -64,6 +66,22 @@ def make_json_schema(schema: Any) -> dict[str, Any]:
     for place, part in list(_walk(made)):
         _prepare(place, part)
     return made
+
+
+def make_parameters_schema(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for a tool's parameters: `nullable`, which tools' schemas say, too, is a union with null; and the arguments
+    are those that are declared.
+    """
+    schema = _copy_json(dict(parameters))
+    for _, part in list(_walk(schema)):
+        if "properties" in part:
+            part.setdefault("additionalProperties", False)
+        if part.pop("nullable", False):
+            inner = dict(part)
+            part.clear()
+            part["anyOf"] = [inner, {"type": "null"}]
+    schema.setdefault("additionalProperties", False)
+    return make_json_schema(schema)
 
 
 def parse_answer(schema: Any, text: str) -> Any:

@@ -7,10 +7,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
+from ..checkpoint.chat_template import Tool
 from ..errors import InputError
 from ..model.config import ArceeConfig
 from ..model.relu2.kernels import MAX_TOKENS
 from .json_schema import check_schema
+from .tools import TOOL_CHOICES, name_tools, read_tools
 
 StopReason = Literal["eos", "stop_string", "max_tokens", "context_full", "tool_call", "cancelled", "deadline", "error"]
 
@@ -51,6 +53,12 @@ class GenerateOptions:
         regex: what the whole answer matches, as Python's `re.fullmatch` does.
         grammar: what the answer is, in llguidance's Lark, from the rule `start` on.
         choices: texts of which the answer is one. Of schema, regex, grammar and choices there can be one.
+        tools: functions, or JSON schemas of such, that the model is told of and may call: see `get_json_schema` and
+            `Answer.tool_calls`. Kept as schemas. The chat template writes them into a prompt of messages; into another the
+            caller has written them.
+        tool_choice: "auto" leaves it to the model whether it calls any; "required" makes it, and the name of one makes it
+            call that one, once; "none" lets it call none. Enforced, arguments included, where calls have Hermes' form.
+        parallel_tool_calls: whether it may call several in one answer.
         prefill_response: how the answer begins; the model goes on from there, and what it adds is what is given. For a
             prompt of messages only.
         chat_template_config: further variables for the chat template. For a prompt of messages only.
@@ -85,6 +93,9 @@ class GenerateOptions:
     regex: str | None = None
     grammar: str | None = None
     choices: tuple[str, ...] = ()
+    tools: tuple[Tool, ...] = field(default=(), hash=False)
+    tool_choice: str = "auto"
+    parallel_tool_calls: bool = True
     prefill_response: str | None = None
     chat_template_config: Mapping[str, Any] = field(default_factory=dict, hash=False)
     prefill_step_size: int = 2048
@@ -144,7 +155,9 @@ class GenerateOptions:
         if self.max_matching_ngram_size is not None and not self.num_draft_tokens:
             raise InputError("max_matching_ngram_size without num_draft_tokens: nothing is drafted; give both")
 
+        object.__setattr__(self, "tools", read_tools(self.tools))
         self._check_grammar()
+        self._check_tools()
 
     @property
     def has_grammar(self) -> bool:
@@ -160,6 +173,20 @@ class GenerateOptions:
         given = [name for name in ("schema", "regex", "grammar") if getattr(self, name) is not None]
         if len(given := given + ["choices"] * bool(self.choices)) > 1:
             raise InputError(f"{' and '.join(given)} together; expected one of them; a schema or grammar can say both")
+
+    def _check_tools(self) -> None:
+        if not isinstance(self.parallel_tool_calls, bool):
+            self._refuse("parallel_tool_calls", "True or False")
+        names = name_tools(self.tools)
+        if self.tool_choice not in (*TOOL_CHOICES, *names):
+            self._refuse("tool_choice", f"one of {', '.join(TOOL_CHOICES)}, or the name of one of the tools")
+        if self.tool_choice != "auto" and not names:
+            raise InputError(f"tool_choice is {self.tool_choice!r} without tools; expected tools to choose from")
+        if names and self.has_grammar and self.tool_choice != "none":
+            raise InputError(
+                "tools together with schema, regex, grammar or choices: an answer is a call or has that form; expected "
+                "one of them, or tool_choice 'none'"
+            )
 
     def resolve(self, generation_config: Mapping[str, Any], config: ArceeConfig) -> GenerateOptions:
         """Fills in what the caller left open and checks what depends on the model.

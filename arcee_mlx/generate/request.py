@@ -10,12 +10,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..checkpoint.chat_template import Tool
 from ..checkpoint.tokenizer import Tokenizer
-from ..errors import InputError
+from ..errors import InputError, TokenizerError
 from ..model.config import ArceeConfig
 from .grammar import Grammar, compile_grammar
 from .options import GenerateOptions, StopReason, context_tokens
 from .sampling import draw_seed
+from .tools import InvalidToolCall, ToolCall, ToolFormat, find_tool_format
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 
@@ -31,6 +33,7 @@ class Request:
         limit: tokens to make at most.
         limit_reason: why the answer ended if it reaches that.
         grammar: what the answer is to be; None for anything.
+        tools: how calls of tools are written; None where there are none to call.
         unseen_tokens: tokens that stand before the prompt in a cache whose text is not known.
     """
 
@@ -40,7 +43,26 @@ class Request:
     limit: int
     limit_reason: StopReason
     grammar: Grammar | None = None
+    tools: ToolFormat | None = None
     unseen_tokens: int = 0
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the answer may be anything, and asks for nothing."""
+        return self.grammar is None and self.tools is None
+
+    def judge(
+        self, text: str, *, is_ended: bool = False
+    ) -> tuple[bool | None, tuple[ToolCall, ...], tuple[InvalidToolCall, ...]]:
+        """What an answer's text is: whether it is all that was asked for, the calls in it, and what is none.
+
+        Args:
+            is_ended: whether it ends with an end of text of the tokenizer's, which a grammar allows after a whole answer only.
+        """
+        calls, invalid = ((), ()) if self.tools is None else self.tools.read(text)
+        if self.grammar is None:
+            return None, calls, invalid
+        return is_ended or (not invalid and self.grammar.is_complete(text)), calls, invalid
 
 
 def read_request(
@@ -62,6 +84,7 @@ def read_request(
     options = replace(options, seed=draw_seed() if options.seed is None else options.seed)
     ids = encode_prompt(tokenizer, prompt, options, goes_on=unseen_tokens > 0)
     room = _check_prompt(ids, config, unseen_tokens)
+    tools = find_tool_format(tokenizer, options.tools) if options.tools else None
     asked = options.max_tokens
     limit = room if asked in (None, -1) else min(asked, room)
     return Request(
@@ -70,7 +93,8 @@ def read_request(
         eos=tokenizer.eos_token_ids | _extra_eos(tokenizer, options),
         limit=limit,
         limit_reason="max_tokens" if limit == asked else "context_full",
-        grammar=compile_grammar(tokenizer, options),
+        grammar=compile_grammar(tokenizer, options, tools),
+        tools=tools,
         unseen_tokens=unseen_tokens,
     )
 
@@ -125,12 +149,30 @@ def render_messages(
         is_open: ends inside the last message, for others to go on with it; else where the answer begins.
 
     Raises:
-        TokenizerError: messages cannot be rendered.
+        TokenizerError: messages cannot be rendered, or the template leaves the tools out.
     """
+    text = _render(tokenizer, messages, options, is_open=is_open, tools=options.tools)
+    if options.tools and text == _render(tokenizer, messages, options, is_open=is_open, tools=()):
+        raise TokenizerError(
+            "the chat template does not write tools; expected one for a model that was taught to call them; leave tools "
+            "out, or describe them in the system prompt and take `schema` for the form of a call"
+        )
+    return text
+
+
+def _render(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    options: GenerateOptions,
+    *,
+    is_open: bool,
+    tools: Sequence[Tool],
+) -> str:
     begun = options.prefill_response is not None
     answer = [{"role": "assistant", "content": options.prefill_response}] if begun else []
     return tokenizer.apply_chat_template(
         [*messages, *answer],
+        tools=tools or None,
         add_generation_prompt=not (begun or is_open),
         continue_final_message=begun or is_open,
         template_variables=options.chat_template_config,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 
@@ -60,14 +61,16 @@ class Row:
             own=own_processors,
             grammar=grammar,
         )
-        self._texts: list[str] = []  # of an answer with a grammar
+        self._texts: list[str] = []  # of an answer with a grammar or tools
         self._own_ends = tokenizer.eos_token_ids  # which a grammar lets through where the answer is whole only
         self._recorder = LogprobRecorder(options.top_logprobs) if options.logprobs else None
         if self._recorder:
             self.processors.insert(0, self._recorder.observe)
             self.sampler = self._recorder.wrap(self.sampler)
         self.request = request
-        self._detokenizer, self._matcher = tokenizer.detokenizer(), StopMatcher(options.stop)
+        skips = request.tools is None or not request.tools.shows_special_tokens
+        self._detokenizer = tokenizer.detokenizer(skip_special_tokens=skips)
+        self._matcher = StopMatcher(options.stop)
         self._prompt_tokens = request.unseen_tokens + len(request.ids)
         self._cached_tokens = request.unseen_tokens + cached_tokens
         self._started_s, self._prefill_s, self._first_s = started_s, time.perf_counter(), 0.0
@@ -98,16 +101,17 @@ class Row:
             logprob, top = self._recorder.read()
         text, reason = self._write(token)
         stats = self._stats(now_s, drafted, accepted)
-        return GenerationChunk(text, token, reason, stats, logprob, top, self._is_complete(token, text, reason))
+        chunk = GenerationChunk(text, token, reason, stats, logprob, top)
+        return chunk if self.request.is_free else self._judge(chunk)
 
-    def _is_complete(self, token: int, text: str, reason: StopReason | None) -> bool | None:
-        grammar = self.request.grammar
-        if grammar is None:
-            return None
-        self._texts.append(text)
-        if reason is None:
-            return None
-        return token in self._own_ends or grammar.is_complete("".join(self._texts))
+    def _judge(self, chunk: GenerationChunk) -> GenerationChunk:
+        """The chunk; the last with what the whole answer has become."""
+        self._texts.append(chunk.text)
+        if chunk.stop_reason is None:
+            return chunk
+        is_complete, calls, _ = self.request.judge("".join(self._texts), is_ended=chunk.token in self._own_ends)
+        reason: StopReason = "tool_call" if calls and chunk.stop_reason == "eos" else chunk.stop_reason
+        return replace(chunk, stop_reason=reason, is_complete=is_complete, tool_calls=calls)
 
     def _write(self, token: int) -> tuple[str, StopReason | None]:
         reason: StopReason | None = None

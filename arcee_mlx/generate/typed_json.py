@@ -69,6 +69,8 @@ def read_type(hint: Any, value: Any) -> Any:
         return hint(**{name: read_type(fields[name][0], item) for name, item in found.items()})
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is tuple and isinstance(value, list):
+        return tuple(value)
     if type(value) is not hint:
         raise ValueError(f"{value!r} is no {hint}")
     return value

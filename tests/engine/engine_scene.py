@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -39,6 +39,19 @@ class Alone:
         if name not in self._known:
             self._known[name] = tuple(c.token for c in arcee_mlx.stream_generate(*self._loaded, prompt, options))
         return self._known[name]
+
+
+@pytest.fixture(scope="module", name="engine")
+def demo_engine() -> Iterator[Engine]:
+    """For a module that imports it."""
+    with Engine.load(DEMO_MODEL, max_batch_size=3) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module", name="alone")
+def demo_alone() -> Alone:
+    """For a module that imports it."""
+    return Alone()
 
 
 @dataclass

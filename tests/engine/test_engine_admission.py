@@ -13,7 +13,7 @@ import pytest
 
 from arcee_mlx import ArceeError, Engine, GenerateOptions, InputError, MemoryBudgetError, QueueFullError
 
-from engine_data import GREEDY, PATIENCE_S, Gate, endless, run_on_owner, settle
+from engine_script import GREEDY, PATIENCE_S, Gate, endless, run_on_owner, settle
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +220,7 @@ def test_a_deadline_ends_what_waits_and_what_is_read_and_what_is_generated(
 
     monkeypatch.setattr(request_module, "time", Time)
     with Engine.load(checkpoint, max_batch_size=2, prefill_step_size=10) as engine:
-        gate = Gate(at=3)
+        gate = Gate(tokens=3)
         generating = engine.submit("a", endless(50), logits_processors=[gate], deadline_s=5)
         gate.wait()
         reading = engine.submit([5] * 200, endless(50), deadline_s=5)

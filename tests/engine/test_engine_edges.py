@@ -16,7 +16,7 @@ from arcee_mlx import CallbackError, Engine, EngineClosedError, Request
 from arcee_mlx.engine import scheduler
 from arcee_mlx.engine.batch import Batch
 
-from engine_data import GREEDY, PATIENCE_S, endless, run_on_owner
+from engine_script import GREEDY, PATIENCE_S, endless, run_on_owner
 
 ROOT = Path(__file__).parent.parent.parent
 

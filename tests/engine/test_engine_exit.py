@@ -74,6 +74,32 @@ if child == 0:
 status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 print(status, len(engine.generate('a', SHORT).tokens))
 """
+# Streams that the parent asked for, first read in a child that its loop forked, and in one with a loop of its own.
+FORK_STREAMS = """
+session = engine.session()
+streams = [make("a") for make in (engine.astream, session.asend) for _ in range(2)]
+begun = engine.astream("a", LONG, buffer_chunks=2)
+async def read(stream):
+    try:
+        await anext(stream)
+    except Exception as error:
+        return type(error) is EngineClosedError
+    return 0
+def wait(child):
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), end=" ", flush=True)
+async def app():
+    await anext(begun)
+    child = os.fork()
+    if child == 0:  # it closes no loop, which is its parent's, too
+        os._exit(await read(streams[0]) + await read(streams[2]) + await read(begun) + await read(begun))
+    wait(child)
+    print(int(await read(streams[0])), end=" ", flush=True)
+asyncio.run(app())
+child = os.fork()
+if child == 0:
+    sys.exit(asyncio.run(read(streams[1])) + asyncio.run(read(streams[3])))
+wait(child)
+"""
 ON_A_THREAD = {
     "engine": """
 def work():
@@ -129,6 +155,10 @@ def test_a_program_keeps_its_status_and_its_threads_get_their_answers(checkpoint
 
 def test_a_forked_process_has_no_engine_and_leaves_its_parents_alone(checkpoint: Path) -> None:
     assert finish(start(STARTED + FORK, checkpoint)) == (0, "9 8", "")
+
+
+def test_an_async_stream_first_read_in_a_forked_process_says_so(checkpoint: Path) -> None:
+    assert finish(start(STARTED + FORK_STREAMS, checkpoint)) == (0, "4 0 2", "")
 
 
 @pytest.mark.parametrize("runs", [3, pytest.param(20, marks=pytest.mark.slow)])

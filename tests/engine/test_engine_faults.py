@@ -7,7 +7,7 @@ import gc
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,20 +31,20 @@ from arcee_mlx.engine.prefix_cache import PrefixCache
 from arcee_mlx.engine.scheduler import Scheduler
 from arcee_mlx.generate.row import Row
 
-from engine_scene import GREEDY, LONE, PATIENCE_S, SEED, VICTIM, Alone, Scene, encode_victim, make_singular
+from engine_scene import (  # noqa: F401 - the fixtures `alone` and `engine`
+    GREEDY,
+    LONE,
+    PATIENCE_S,
+    SEED,
+    VICTIM,
+    Scene,
+    demo_alone,
+    demo_engine,
+    encode_victim,
+    make_singular,
+)
 
 MLX_SAYS = RuntimeError("[METAL] Command buffer execution failed: Internal Error (0000000e)")
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    with Engine.load(DEMO_MODEL, max_batch_size=3) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def alone() -> Alone:
-    return Alone()
 
 
 @dataclass

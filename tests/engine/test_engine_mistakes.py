@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,20 +15,21 @@ import pytest
 
 from arcee_mlx import DEMO_MODEL, ArceeError, CallbackError, Engine, EngineClosedError, GenerateOptions, InputError
 
-from engine_scene import GREEDY, LONE, NEIGHBOURS, NEXT, PATIENCE_S, VICTIM, Alone, Scene, encode_victim, make_singular
+from engine_scene import (  # noqa: F401 - the fixtures `alone` and `engine`
+    GREEDY,
+    LONE,
+    NEIGHBOURS,
+    NEXT,
+    PATIENCE_S,
+    VICTIM,
+    Scene,
+    demo_alone,
+    demo_engine,
+    encode_victim,
+    make_singular,
+)
 
 PLAIN = replace(GREEDY, logit_bias={})  # so that the caller's is the first and the last to see the logits
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    with Engine.load(DEMO_MODEL, max_batch_size=3) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def alone() -> Alone:
-    return Alone()
 
 
 def raise_it(error: BaseException) -> Callable[[mx.array], Any]:

@@ -19,7 +19,7 @@ from arcee_mlx.engine.scheduler import Scheduler
 from arcee_mlx.generate.request import Request as CheckedRequest
 
 from conftest import tiny_config, write_checkpoint
-from engine_data import PATIENCE_S, endless, run_on_owner, settle
+from engine_script import PATIENCE_S, endless, run_on_owner, settle
 
 # Predicted over measured, of what requests take beside the weights. Two where the model has few layers, of which two
 # are counted twice; what is measured is the reference, so a mix must be large enough to be seen beside small change.

@@ -15,7 +15,7 @@ from arcee_mlx import Engine, GenerateOptions
 from arcee_mlx.engine.prefix_cache import PrefixCache, entry_bytes, kind_of
 from arcee_mlx.generate.prefill import fill_cache, make_prompt_cache
 
-from engine_data import NOISE, PATIENCE_S, Loaded, alone, endless, is_promised, run_on_owner, settle
+from engine_script import NOISE, PATIENCE_S, Loaded, alone, endless, is_promised, run_on_owner, settle
 
 FLOAT = GenerateOptions()
 QUANTIZED = GenerateOptions(kv_bits=8, kv_group_size=32)

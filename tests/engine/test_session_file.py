@@ -194,7 +194,7 @@ def test_what_is_no_session_is_refused(engine: Engine, checkpoint: Path, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "is of format version 2; expected 1"),
+        ({"version": 3}, "is of format version 3; expected at most 2"),
         ({"turns": [{"user": "x"}]}, "cannot be read"),
         ({"turns": [{"user": 3, "answer": "x", "ids": []}]}, "of other types"),
         ({"turns": [{"user": "x", "answer": "x", "ids": ["x"]}]}, "of other types"),

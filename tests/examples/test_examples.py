@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 NAMES = [
     "asyncio_app", "batch_csv", "coming_from_transformers", "custom_sampler", "extract", "fill_form", "finetune_lora", "saved_session",
-    "serve",
+    "serve", "tool_calls",
 ]  # fmt: skip
 if find_spec("_tkinter"):  # some builds of Python have none
     NAMES.append("desktop_window")
@@ -64,6 +64,25 @@ def test_letters_become_records(example: Callable[[str], Any], capsys: pytest.Ca
         scope = {"Complaint": module.Complaint}
         assert isinstance(eval(record, scope), module.Complaint)  # validates: the record is what the model asks for
         assert mood in module.MOODS
+
+
+def test_two_tools_run_in_a_loop(example: Callable[[str], Any], capsys: pytest.CaptureFixture[str]) -> None:
+    module = example("tool_calls")
+    assert module.main([]) == 0
+    said = capsys.readouterr().out
+    assert said.count("  look_up(item=") == 1 and said.count("  order(item=") == len(module.orders) == 1
+    ((item, count),) = module.orders
+    assert f"the model was told of order: ordered, {module.PRICES[item] * count} dollars in all" in said
+
+
+def test_a_call_that_is_declined_does_not_run(
+    example: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = example("tool_calls")
+    monkeypatch.setattr("builtins.input", lambda question: "n")
+    module.orders.clear()
+    assert module.main(["--ask", "Look it up.", "Order one."]) == 0
+    assert module.orders == [] and capsys.readouterr().out.count("error: the user does not want") == 2
 
 
 def test_a_form_holds_what_its_fields_allow(example: Callable[[str], Any], capsys: pytest.CaptureFixture[str]) -> None:
