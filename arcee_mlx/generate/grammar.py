@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -146,13 +145,16 @@ class _Compiler:
     def compile_lark(self, text: str) -> Grammar:
         return self._compile_named("grammar", self._matchers.grammar_from_lark(text), text)
 
-    def compile_tools(self, tools: Sequence[dict[str, Any]], lark: str) -> Grammar:
-        for tool in tools:
-            try:
-                self.compile_schema(make_parameters_schema(tool["function"]["parameters"]))
-            except GrammarError as error:
-                raise GrammarError(f"tool {tool['function']['name']}: its parameters' {error}") from error
-        return self.compile_lark(lark)
+    def compile_tools(self, tools: ToolFormat, lark: str) -> Grammar:
+        try:
+            return self.compile_lark(lark)
+        except GrammarError:
+            for tool in tools.tools:
+                try:
+                    self.compile_schema(make_parameters_schema(tool["function"]["parameters"]))
+                except GrammarError as error:
+                    raise GrammarError(f"tool {tool['function']['name']}: its parameters' {error}") from error
+            raise
 
     def _compile_named(self, name: str, source: str, written: object) -> Grammar:
         try:
@@ -196,11 +198,9 @@ def compile_grammar(tokenizer: Tokenizer, options: GenerateOptions, tools: ToolF
 
 
 def _compile_tools(tokenizer: Tokenizer, options: GenerateOptions, tools: ToolFormat) -> Grammar | None:
-    choice = options.tool_choice
-    lark = write_tool_grammar(tokenizer, tools, choice, parallel_tool_calls=options.parallel_tool_calls)
-    if lark is None:
-        return None
-    return _find_compiler(tokenizer).compile_tools(tools.tools if choice != "none" else (), lark)
+    parallel = options.parallel_tool_calls
+    lark = write_tool_grammar(tokenizer, tools, options.tool_choice, parallel_tool_calls=parallel)
+    return None if lark is None else _find_compiler(tokenizer).compile_tools(tools, lark)
 
 
 def _find_compiler(tokenizer: Tokenizer) -> _Compiler:
