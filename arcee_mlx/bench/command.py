@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     machine = describe_machine()
     print(
         "  ".join(machine[name] for name in ("date", "platform", "chip", "memory", "device")),
-        f" mlx {machine['mlx']}",
+        f" mlx {machine['mlx']}  BLAS {machine['blas']}",
         flush=True,
     )
     return _BENCHMARKS[args.benchmark][0].run(args)

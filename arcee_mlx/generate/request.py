@@ -62,7 +62,7 @@ class Request:
         calls, invalid = ((), ()) if self.tools is None else self.tools.read(text)
         if self.grammar is None:
             return None, calls, invalid
-        return is_ended or (not invalid and self.grammar.is_complete(text)), calls, invalid
+        return is_ended or self.grammar.is_complete(text), calls, invalid
 
 
 def read_request(

@@ -149,6 +149,14 @@ def test_which_texts_are_answers_is_what_was_asked_for(demo) -> None:
         assert [grammar.is_complete(text) for text in others] == [False] * len(others), options
 
 
+def test_a_tool_without_parameters_takes_none(demo) -> None:
+    for tool in ({"name": "sail"}, {"name": "sail", "parameters": {"type": "object"}}):
+        grammar = tool_grammar(demo[1], tools=[tool], tool_choice="required")
+        assert grammar is not None
+        call = '<tool_call>\n{"name": "sail", "arguments": {}}\n</tool_call>'
+        assert grammar.is_complete(call) and not grammar.is_complete(call.replace("{}", '{"a": 1}'))
+
+
 def write_first(tokenizer: Tokenizer, text: str, prompt_tokens: int) -> Callable[[mx.array, mx.array], mx.array]:
     """A logits processor that has the answer begin with a text."""
     ids = tokenizer.encode(text, add_special_tokens=False)
