@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,12 +12,14 @@ import mlx.core as mx
 from ..errors import InputError, MemoryBudgetError
 from ..generate.request import Request as CheckedRequest
 from ..model.config import ArceeConfig
+from ..model.linear import PIECE_BYTES
 
 STEP_TOKENS = 256  # mlx-lm's caches grow by so many, from wherever they stand
 SYSTEM_SHARE = 0.75  # of the system's memory, where MLX names no working set
 FUSED_HEADS = (64, 80, 128)  # widths for which a GPU needs no array of scores
 # Measured on the CPU backend, which makes arrays a few operations before they are filled.
 UP_ARRAYS, WIDE_ARRAYS, SCORE_ARRAYS, LAYERS_TWICE = 2, 10, 1.25, 2
+UNPACKED_ARRAYS, PIECES_AHEAD = 3, 32  # of a quantized layer, or of so many pieces of one
 LOGITS_ARRAYS, SAMPLING_ARRAYS = 8, 14  # of a row, and of the row whose token is drawn
 
 
@@ -68,6 +71,9 @@ class MemoryBudget:
         prefill = chunk * self.itemsize * (UP_ARRAYS * config.intermediate_size + WIDE_ARRAYS * wide)
         if options.kv_bits is not None or mx.default_device() == mx.cpu or config.head_size not in FUSED_HEADS:
             prefill += int(SCORE_ARRAYS * config.num_attention_heads * chunk * prompt * 4)
+        if sys.platform == "linux" and mx.default_device() == mx.cpu:  # weights are unpacked piece by piece
+            layer = 4 * config.hidden_size * config.intermediate_size
+            prefill += UNPACKED_ARRAYS * min(PIECES_AHEAD * PIECE_BYTES, layer)
         is_alone = options.kv_bits is not None or options.max_kv_size is not None
         return RequestSize((tokens + STEP_TOKENS) * token_bytes, prefill, is_alone)
 

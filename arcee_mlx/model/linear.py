@@ -16,6 +16,7 @@ import mlx.nn as nn
 
 TURNED_BITS = (2, 4, 8)  # of a weight that crosses no byte
 TURNED_OUTPUTS = 32  # MLX's smallest group, and the outputs' divisor
+PIECE_BYTES = 2**21  # of a product's transient copies, each: what a core's cache holds
 
 
 def project(layer: nn.Module, x: mx.array) -> mx.array:
@@ -27,12 +28,12 @@ def project(layer: nn.Module, x: mx.array) -> mx.array:
     """
     if not _is_served(layer, x):
         return layer.as_linear(x) if hasattr(layer, "as_linear") else layer(x)
-    rows = x.reshape(-1, x.shape[-1])
-    if has_fast_blas():
-        y = rows @ unpack(layer.weight, layer.scales, layer.biases, layer.group_size, layer.bits).T
-    else:
-        y = _multiply_turned(rows, layer)
-    y = y.reshape(*x.shape[:-1], y.shape[-1])
+    rows, outputs = x.reshape(-1, x.shape[-1]), layer.weight.shape[0]
+    multiply = _multiply_unpacked if has_fast_blas() else _multiply_turned
+    step = max(PIECE_BYTES // (4 * rows.shape[1]) // 128, 1) * 128
+    pieces = [multiply(rows, _Piece(layer, slice(i, i + step))) for i in range(0, outputs, step)]
+    y = pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=-1)
+    y = y.reshape(*x.shape[:-1], outputs)
     return y + layer.bias if "bias" in layer else y
 
 
@@ -64,10 +65,22 @@ def _is_served(layer: nn.Module, x: mx.array) -> bool:
     )
 
 
-def _multiply_turned(x: mx.array, layer: nn.Module) -> mx.array:
+class _Piece:
+    """Some of a layer's outputs."""
+
+    def __init__(self, layer: nn.Module, outputs: slice) -> None:
+        self.weight, self.scales, self.biases = layer.weight[outputs], layer.scales[outputs], layer.biases[outputs]
+        self.group_size, self.bits = layer.group_size, layer.bits
+
+
+def _multiply_unpacked(x: mx.array, layer: _Piece) -> mx.array:
+    """(M, E) -> (M, N)."""
+    return x @ unpack(layer.weight, layer.scales, layer.biases, layer.group_size, layer.bits).T
+
+
+def _multiply_turned(x: mx.array, layer: _Piece) -> mx.array:
     """(M, E) -> (M, N): the sum over the groups g of s[g, n] * (x[g] @ codes[g, :, n]) + b[g, n] * sum(x[g])."""
     bits, size, N = layer.bits, layer.group_size, layer.weight.shape[0]
-    grouped = x.reshape(x.shape[0], -1, size)  # (M, G, size)
     words = mx.contiguous(layer.weight.T)[:, None]  # (E * bits / 32, 1, N)
     shifts = mx.arange(0, 32, bits, dtype=mx.uint32)[:, None]
     codes = (words >> shifts).astype(mx.uint8) & (2**bits - 1)  # (E * bits / 32, 32 / bits, N)
@@ -75,8 +88,15 @@ def _multiply_turned(x: mx.array, layer: nn.Module) -> mx.array:
     codes = mx.view(codes, mx.uint32).reshape(-1, size, N // 4)
     width = next(width for width in (128, 64, TURNED_OUTPUTS) if N % width == 0)
     ones, half = mx.ones((*codes.shape[:2], N // width)), 2 ** (bits - 1)
-    sums = mx.quantized_matmul(
-        grouped.swapaxes(0, 1), codes, ones, -half * ones, transpose=False, group_size=width, bits=8
-    )  # (G, M, N)
     scales, biases = mx.contiguous(layer.scales.T), mx.contiguous(layer.biases.T)  # (G, N)
-    return mx.addmm((sums * scales[:, None]).sum(axis=0), grouped.sum(axis=-1), biases + half * scales)
+
+    def multiply(x: mx.array) -> mx.array:
+        grouped = x.reshape(x.shape[0], -1, size)  # (M, G, size)
+        sums = mx.quantized_matmul(
+            grouped.swapaxes(0, 1), codes, ones, -half * ones, transpose=False, group_size=width, bits=8
+        )  # (G, M, N)
+        return mx.addmm((sums * scales[:, None]).sum(axis=0), grouped.sum(axis=-1), biases + half * scales)
+
+    step = max(PIECE_BYTES // (4 * scales.size), 1)
+    pieces = [multiply(x[i : i + step]) for i in range(0, x.shape[0], step)]
+    return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)

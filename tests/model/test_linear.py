@@ -61,6 +61,23 @@ def test_several_rows_give_the_exact_sum(blas, own_forbidden, outputs, bits, gro
 
 
 @served
+@pytest.mark.parametrize("bits", [4, 8])
+def test_in_pieces_the_sum_is_the_same_and_the_memory_bounded(blas, bits, monkeypatch):
+    monkeypatch.setattr(linear, "PIECE_BYTES", 2**17)  # 256 outputs, 34 rows
+    layer, x = make_layer(1952, bits), mx.random.normal((96, E))
+    expected = multiply_exactly(layer, x)
+    mx.eval(layer.parameters(), x, expected)
+    mx.synchronize()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    y = project(layer, x)
+    mx.eval(y)
+    peak = mx.get_peak_memory() - before
+    assert mx.allclose(y, expected, rtol=0, atol=1e-5)
+    assert peak < 3 * y.nbytes + 10 * 2**17  # without pieces four times that
+
+
+@served
 def test_a_tied_embedding_is_served(blas, own_forbidden):
     embedding = nn.Embedding(64, E).to_quantized(32, 8)
     x = mx.random.normal((4, 3, E))
