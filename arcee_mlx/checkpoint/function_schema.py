@@ -63,8 +63,13 @@ def get_json_schema(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _read_signature(function: Callable[..., Any], name: str) -> dict[str, Any]:
-    hints = typing.get_type_hints(function)
-    signature = inspect.signature(function)
+    try:
+        hints = typing.get_type_hints(function)
+        signature = inspect.signature(function)
+    except (TypeError, ValueError, NameError) as error:
+        raise InputError(
+            f"tool {name}: its type hints cannot be read ({error}); expected a function; wrap it in one"
+        ) from error
     receiver = next(iter(signature.parameters), None)
     if receiver not in ("self", "cls") or signature.parameters[receiver].annotation is not inspect.Parameter.empty:
         receiver = None

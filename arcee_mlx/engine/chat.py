@@ -14,11 +14,11 @@ import mlx.core as mx
 from ..errors import InputError
 from ..generate.options import GenerateOptions
 from ..generate.stop import StopMatcher
-from ..generate.tools import ToolCall, ToolResult, find_tool_format
+from ..generate.tools import ToolCall, find_tool_format
 from .answer_stream import AnswerStream
 from .engine import Engine
 from .session import Session
-from .tool_loop import Functions, free_to_call, run_call
+from .tool_loop import Functions, free_to_call, run_calls
 
 COMMANDS = {
     "/help": ("", "this list"),
@@ -30,7 +30,8 @@ COMMANDS = {
     "/stats": ("", "tokens, speed, memory"),
     "/quit": ("", "leave (also /exit, Ctrl-D)"),
 }
-_YES = ("y", "yes")
+YES, NO = ("y", "yes"), ("n", "no", "")
+MAX_TOOL_ROUNDS = 8
 ALIASES = {"/regenerate": "/again", "/exit": "/quit"}
 _ENDINGS = {
     "cancelled": "stopped",
@@ -105,14 +106,18 @@ class Chat:
     def _converse(self, start: Callable[[], AnswerStream]) -> None:
         """An answer, and where it calls tools that are to run, those to what they came to."""
         self._answer(start)
-        while self._functions and (calls := self.session.pending_tool_calls):
-            results = [self._run(call) for call in calls]
+        for _ in range(MAX_TOOL_ROUNDS if self._functions else 0):
+            if not (calls := self.session.pending_tool_calls):
+                return
+            results = run_calls(calls, self._functions, self._allows)
+            for result in results:
+                _tell(f"({result.name}: {result.content})")
             self._answer(partial(self.session.send, results, free_to_call(self._options)))
+        if self._functions and self.session.pending_tool_calls:
+            _tell(f"(after {MAX_TOOL_ROUNDS} answers with calls its calls are left alone; say how to go on)")
 
-    def _run(self, call: ToolCall) -> ToolResult:
-        result = run_call(call, self._functions, lambda call: self._ask(f"Run {call}? [y/N] ").strip().lower() in _YES)
-        _tell(f"({call.name}: {result.content})")
-        return result
+    def _allows(self, call: ToolCall) -> bool:
+        return self._ask(f"Run {call}? [y/N] ").strip().lower() in YES
 
     def _answer(self, start: Callable[[], AnswerStream]) -> None:
         tools = self._options.tools
@@ -126,7 +131,7 @@ class Chat:
             finally:
                 print(flush=True)
         answer = stream.request.result()
-        if not answer.tool_calls and shown < len(answer.text):  # it began like a call and is none
+        if answer.stop_reason != "tool_call" and shown < len(answer.text):  # it began like a call and is none
             print(answer.text[shown:], flush=True)
         stats = answer.stats
         self._last_stats = (

@@ -26,7 +26,7 @@ from ..generate.arguments import (
     read_options,
 )
 from ..generate.opening import name_model
-from .chat import Chat
+from .chat import NO, YES, Chat
 from .engine import Engine
 from .tool_loop import Functions, read_functions
 
@@ -139,27 +139,32 @@ def _ask(question: str) -> str:
 
 
 def _ask_pipe(lines: Iterator[str], question: str) -> str:
-    """The next line answers; where there is none, no."""
+    """The next line answers; where there is none, no.
+
+    Raises:
+        InputError: it says neither yes nor no, and is perhaps the next message.
+    """
     answer = next(lines, "")
+    if answer.strip().lower() not in (*YES, *NO):
+        raise InputError(
+            f"{question}is answered {answer!r}; expected y or n on the line after a message that is answered by calls"
+        )
     print(f"{question}{answer}", file=sys.stderr, flush=True)
     return answer
 
 
 def _import_functions(names: str) -> Functions:
     functions = []
-    sys.path.insert(0, os.getcwd())  # where `python -m` finds modules, too
-    try:
-        for name in names.split(","):
-            module, _, function = name.strip().partition(":")
-            try:
-                functions.append(operator.attrgetter(function)(importlib.import_module(module)))
-            except (ImportError, AttributeError, ValueError) as error:
-                raise InputError(
-                    f"--tools names {name.strip()!r}, which cannot be imported ({error}); expected MODULE:FUNCTION of a "
-                    f"module in this folder or installed; check both names"
-                ) from error
-    finally:
-        sys.path.remove(os.getcwd())
+    sys.path.insert(0, os.getcwd())  # where `python -m` finds modules, too; and what they import later
+    for name in names.split(","):
+        module, _, function = name.strip().partition(":")
+        try:
+            functions.append(operator.attrgetter(function)(importlib.import_module(module)))
+        except Exception as error:  # the module's own, too
+            raise InputError(
+                f"--tools names {name.strip()!r}, which cannot be imported ({type(error).__name__}: {error}); expected "
+                f"MODULE:FUNCTION of a module in this folder or installed; check both names"
+            ) from error
     return read_functions(functions)
 
 

@@ -110,7 +110,8 @@ class Session:
         """Answers a message of the user's, or what tools gave, piece by piece.
 
         Args:
-            text: of the message; or the ToolResults of `pending_tool_calls`, one each, in their order.
+            text: of the message; or the ToolResults of `pending_tool_calls`, one each, in their order. A message leaves
+                those unanswered, which some chat templates refuse.
             options: instead of the session's.
             deadline_s, logits_processors, buffer_chunks: see `Engine.stream`.
 

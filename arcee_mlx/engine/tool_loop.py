@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import typing
@@ -9,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..errors import InputError
+from ..errors import ArceeError, InputError
 from ..generate.answer import Answer
 from ..generate.options import GenerateOptions
 from ..generate.tools import ToolCall, ToolResult, name_tools, read_tools
@@ -40,19 +41,23 @@ def run_tools(
 
     Args:
         tools: functions with type hints and a docstring (see `get_json_schema`): what the model is told of, and all that
-            may run. Arguments become what their hints say: an Enum's member, a dataclass, a tuple.
+            may run. Arguments become what their hints say: an Enum's member, a tuple.
         max_rounds: answers whose calls are run, at most.
         text: a user's message to begin with; None goes on from the calls of the session's last answer.
         options: instead of the session's; its tools are those given here. tool_choice is for the answer to `text`: those to
             results are free to call or not.
-        approve: asked before each call; where it says False the function is not run.
+        approve: asked of each call, of all in an answer before any of them runs; where it says False it does not run.
 
     Returns:
-        The first answer without calls; or, after max_rounds, the last, whose calls are `session.pending_tool_calls`.
+        The first answer without calls, or that was cut off; or, after max_rounds, the last, whose calls are
+        `session.pending_tool_calls`.
 
     Raises:
-        InputError: a tool is no function, or there is neither text nor a call to begin with.
-        ArceeError: what `Session.send` and `Request.result` raise; the session is as after its last whole answer.
+        InputError: a tool is no function, there is neither text nor a call to begin with, or an option does not go with
+            tools; see `GenerateOptions`.
+        ArceeError: what `Session.send` and `Request.result` raise, results too long for the context among it. The calls
+            of the last whole answer are then pending, though their functions may have run: called again, this runs them
+            again. A note of the error has their results.
     """
     functions = read_functions(tools)
     if type(max_rounds) is not int or max_rounds < 0:
@@ -64,8 +69,12 @@ def run_tools(
     for _ in range(max_rounds):
         if not (calls := session.pending_tool_calls):
             break
-        results = [run_call(call, functions, approve) for call in calls]
-        answer = _finish(session.send(results, free_to_call(options)))
+        results = run_calls(calls, functions, approve)
+        try:
+            answer = _finish(session.send(results, free_to_call(options)))
+        except ArceeError as error:
+            error.add_note(f"The functions have run: {results}")
+            raise
     if answer is None:
         raise InputError("max_rounds is 0 without text; expected at least 1 round for the calls of the last answer")
     return answer
@@ -97,19 +106,37 @@ def read_functions(tools: Sequence[Callable[..., Any]]) -> Functions:
     return dict(zip(name_tools(described), tools, strict=True))
 
 
-def run_call(call: ToolCall, functions: Functions, approve: Approve | None = None) -> ToolResult:
-    """Runs one call, if it may; what goes wrong in it is its result."""
-    if (function := functions.get(call.name)) is None:
-        return ToolResult(call.name, f"error: there is no tool {call.name!r}; there are {', '.join(functions)}")
-    if approve is not None and not approve(call):
-        return ToolResult(call.name, "error: the user does not want this call")
+def run_calls(calls: Sequence[ToolCall], functions: Functions, approve: Approve | None = None) -> list[ToolResult]:
+    """Asks of all calls, then runs those that may, in their order; what goes wrong in one is its result."""
+    known = [call.name in functions for call in calls]
+    allowed = [is_known and (approve is None or approve(call)) for call, is_known in zip(calls, known, strict=True)]
+    results = []
+    for call, is_known, is_allowed in zip(calls, known, allowed, strict=True):
+        if is_allowed:
+            content = _run(functions[call.name], call.arguments)
+        elif is_known:
+            content = "error: the user does not want this call"
+        else:
+            content = f"error: there is no tool {call.name!r}; there are {', '.join(functions)}"
+        results.append(ToolResult(call.name, content, call.id))
+    return results
+
+
+def _run(function: Callable[..., Any], arguments: Mapping[str, Any]) -> str:
     try:
         hints = typing.get_type_hints(function)
-        given = {
-            name: read_type(hints[name], value) if name in hints else value for name, value in call.arguments.items()
-        }
+        own = copy.deepcopy(dict(arguments))  # what a function does to them is not what the model said
+        given = {name: read_type(hints[name], value) if name in hints else value for name, value in own.items()}
         value = function(**given)
-        content = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     except Exception as error:
-        content = f"error: {type(error).__name__}: {error}"
-    return ToolResult(call.name, content)
+        return _write(f"error: {type(error).__name__}: {error}")
+    return _write(value)
+
+
+def _write(value: Any) -> str:
+    """A result as text that can be encoded; it never fails, the function having run."""
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    except (TypeError, ValueError):  # keys that JSON has not, or a circle
+        text = repr(value)
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -36,20 +36,26 @@ class Message:
         content: text.
         tool_calls: that an assistant's message asks for beside it.
         name: of the tool.
+        tool_call_id: of the call that a tool's message answers, where it has an id.
     """
 
     role: str
     content: str
     tool_calls: tuple[ToolCall, ...] = ()
     name: str | None = None
+    tool_call_id: str | None = None
 
     def for_template(self) -> dict[str, Any]:
         """In the form that chat templates read, OpenAI's."""
         message: dict[str, Any] = {"role": self.role, "content": self.content}
         if self.tool_calls:
-            functions = [{"name": call.name, "arguments": dict(call.arguments)} for call in self.tool_calls]
-            message["tool_calls"] = [{"type": "function", "function": function} for function in functions]
-        return message if self.name is None else message | {"name": self.name}
+            message["tool_calls"] = [
+                ({} if call.id is None else {"id": call.id})
+                | {"type": "function", "function": {"name": call.name, "arguments": dict(call.arguments)}}
+                for call in self.tool_calls
+            ]
+        more = {"name": self.name, "tool_call_id": self.tool_call_id}
+        return message | {key: value for key, value in more.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,10 @@ class Turn:
     @property
     def messages(self) -> tuple[Message, ...]:
         """What was said in it."""
-        results = tuple(Message("tool", result.content, name=result.name) for result in self.tool_results)
+        results = tuple(
+            Message("tool", result.content, name=result.name, tool_call_id=result.tool_call_id)
+            for result in self.tool_results
+        )
         return (*(results or (Message("user", self.user),)), Message("assistant", self.answer, self.tool_calls))
 
 
@@ -215,7 +224,9 @@ class Draft:
         The answer's tokens are kept where they are its text to the letter, but for one that ended it. Where they are not,
         for a stop string that was cut off, half a character or a special token inside, the next prompt encodes its text.
         """
-        turn = replace(self.turn, answer=self.turn.answer + answer.content, tool_calls=answer.tool_calls)
+        calls = answer.tool_calls if answer.stop_reason == "tool_call" else ()  # of what was cut off none is to run
+        content = answer.content if calls else answer.text
+        turn = replace(self.turn, answer=self.turn.answer + content, tool_calls=calls)
         for tokens in (answer.tokens, answer.tokens[:-1]):
             if _stand_for(tokenizer, self.ids, tokens, answer.text):
                 return replace(turn, text=turn.text + answer.text, ids=turn.ids + tokens)
@@ -259,7 +270,16 @@ def _make_turn(heard: list[Message], answer: Message, calls: Sequence[ToolCall],
         return Turn(heard[0].content, answer.content, tool_calls=answer.tool_calls)
     if not calls or [message.role for message in heard] != ["tool"] * len(calls):
         raise _roles_error(roles)
-    results = tuple(ToolResult(call.name, message.content) for call, message in zip(calls, heard, strict=True))
+    by_id = {message.tool_call_id: message for message in heard}
+    if all(call.id in by_id for call in calls) and len(by_id) == len(heard):  # where calls have ids, in any order
+        heard = [by_id[call.id] for call in calls]
+    for call, message in zip(calls, heard, strict=True):
+        if message.name not in (None, call.name) or message.tool_call_id not in (None, call.id):
+            raise InputError(
+                f"a message of the tool {message.name!r} ({message.tool_call_id}) stands where {call} ({call.id}) is "
+                f"answered; expected one message of each call, with its id or in its place"
+            )
+    results = tuple(ToolResult(call.name, message.content, call.id) for call, message in zip(calls, heard, strict=True))
     return Turn("", answer.content, tool_results=results, tool_calls=answer.tool_calls)
 
 
@@ -274,10 +294,10 @@ def _roles_error(roles: list[str]) -> InputError:
 def _read_message(name: str, message: Message | Mapping[str, Any]) -> Message:
     given = message.for_template() if isinstance(message, Message) else message
     if isinstance(given, Mapping):
-        given = {key: value for key, value in given.items() if value is not None and key != "tool_call_id"}
+        given = {key: value for key, value in given.items() if value is not None}
         calls = given.pop("tool_calls", ())
         given = {"content": "", **given} if calls else given
-        known = {"role", "content"} | ({"name"} if given.get("role") == "tool" else set())
+        known = {"role", "content"} | ({"name", "tool_call_id"} if given.get("role") == "tool" else set())
         if {"role", "content"} <= given.keys() <= known and all(map(_is_text, given.values())):
             return Message(**given, tool_calls=_read_calls(name, calls))
     raise InputError(
@@ -288,14 +308,20 @@ def _read_message(name: str, message: Message | Mapping[str, Any]) -> Message:
 def _read_calls(name: str, calls: Any) -> tuple[ToolCall, ...]:
     """Calls in OpenAI's form."""
     try:
-        functions = [call.get("function", call) for call in calls]
-        read = [(function["name"], function["arguments"]) for function in functions]
-        parsed = [(tool, json.loads(given) if isinstance(given, str) else dict(given)) for tool, given in read]
+        read = [(call.get("id"), call.get("function", call)) for call in calls]
+        parsed = [
+            (
+                function["name"],
+                json.loads(given) if isinstance(given := function["arguments"], str) else dict(given),
+                name,
+            )
+            for name, function in read
+        ]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f'{name}: tool_calls is {calls!r} ({error}); expected a list of {{"function": {{"name": ..., "arguments": ...}}}}'
         ) from error
-    return tuple(ToolCall(tool, given) for tool, given in parsed)
+    return tuple(ToolCall(tool, given, id=name) for tool, given, name in parsed)
 
 
 def _is_text(value: object) -> bool:

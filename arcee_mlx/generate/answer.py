@@ -74,6 +74,7 @@ class GenerationChunk:
         is_complete: on the last chunk, whether the answer is all that its schema, regex, grammar, choices or tools ask for;
             None before, and where they ask for nothing.
         tool_calls: on the last chunk, those that the answer asks for.
+        invalid_tool_calls: on the last chunk, what begins like a call and cannot be read as one.
     """
 
     text: str
@@ -84,6 +85,7 @@ class GenerationChunk:
     top_logprobs: tuple[TokenLogprob, ...] = ()
     is_complete: bool | None = None
     tool_calls: tuple[ToolCall, ...] = ()
+    invalid_tool_calls: tuple[InvalidToolCall, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ class Answer:
 
     @property
     def content(self) -> str:
-        """The text without the calls in it, nor white space around them."""
+        """The text without the calls in it."""
         return cut_tool_calls(self.text, self.tool_calls)
 
     @property
@@ -158,8 +160,7 @@ def join_chunks(
     assert reason is not None
     text = "".join(chunk.text for chunk in chunks)
     last = chunks[-1]
-    is_complete, calls = last.is_complete, last.tool_calls
-    invalid: tuple[InvalidToolCall, ...] = ()
+    is_complete, calls, invalid = last.is_complete, last.tool_calls, last.invalid_tool_calls
     if request is not None and not request.is_free:
         ended = is_complete is True and last.stop_reason is not None
         is_complete, calls, invalid = request.judge(text, is_ended=ended)

@@ -23,6 +23,18 @@ _SINGLES = (
 )  # fmt: skip
 # For llguidance. Strict whatever a schema says of itself; a model that may write white space writes it without end.
 STRICT_JSON = {"whitespace_flexible": False, "coerce_one_of": False, "lenient": False}
+_COMPOSING = {
+    "allOf",
+    "anyOf",
+    "oneOf",
+    "not",
+    "if",
+    "then",
+    "else",
+    "dependentSchemas",
+    "$ref",
+    "unevaluatedProperties",
+}
 # What older drafts said and 2020-12 does not, so that it would do nothing.
 _OLD_KEYWORDS = ("additionalItems", "divisibleBy", "disallow", "extends")
 
@@ -69,19 +81,33 @@ def make_json_schema(schema: Any) -> dict[str, Any]:
 
 
 def make_parameters_schema(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The same for a tool's parameters: `nullable`, which tools' schemas say, too, is a union with null; and the arguments
-    are those that are declared.
+    """The same for a tool's parameters: `nullable`, which tools' schemas say, too, is a union with null; the arguments are
+    those that are declared; and a tuple is whole.
     """
     schema = _copy_json(dict(parameters))
+    _close(schema)
     for _, part in list(_walk(schema)):
-        if "properties" in part:
-            part.setdefault("additionalProperties", False)
         if part.pop("nullable", False):
             inner = dict(part)
             part.clear()
             part["anyOf"] = [inner, {"type": "null"}]
-    schema.setdefault("additionalProperties", False)
     return make_json_schema(schema)
+
+
+def _close(schema: Any) -> None:
+    """Closes objects and tuples, but for those of which another part may say more."""
+    if not isinstance(schema, dict) or not _COMPOSING.isdisjoint(schema):
+        return
+    if schema.get("type") == "object":
+        schema.setdefault("additionalProperties", False)
+    if isinstance(items := schema.get("prefixItems"), list):
+        schema.setdefault("items", False)
+        schema.setdefault("minItems", len(items))
+    inner = [schema.get("items"), *(items if isinstance(items, list) else ())]
+    if isinstance(properties := schema.get("properties"), dict):
+        inner += properties.values()
+    for part in inner:
+        _close(part)
 
 
 def parse_answer(schema: Any, text: str) -> Any:

@@ -59,7 +59,8 @@ class Request:
         Args:
             is_ended: whether it ends with an end of text of the tokenizer's, which a grammar allows after a whole answer only.
         """
-        calls, invalid = ((), ()) if self.tools is None else self.tools.read(text)
+        tools = None if self.options.tool_choice == "none" else self.tools
+        calls, invalid = ((), ()) if tools is None else tools.read(text)
         if self.grammar is None:
             return None, calls, invalid
         return is_ended or self.grammar.is_complete(text), calls, invalid

@@ -109,9 +109,9 @@ class Row:
         self._texts.append(chunk.text)
         if chunk.stop_reason is None:
             return chunk
-        is_complete, calls, _ = self.request.judge("".join(self._texts), is_ended=chunk.token in self._own_ends)
+        is_complete, calls, invalid = self.request.judge("".join(self._texts), is_ended=chunk.token in self._own_ends)
         reason: StopReason = "tool_call" if calls and chunk.stop_reason == "eos" else chunk.stop_reason
-        return replace(chunk, stop_reason=reason, is_complete=is_complete, tool_calls=calls)
+        return replace(chunk, stop_reason=reason, is_complete=is_complete, tool_calls=calls, invalid_tool_calls=invalid)
 
     def _write(self, token: int) -> tuple[str, StopReason | None]:
         reason: StopReason | None = None

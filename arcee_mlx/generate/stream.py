@@ -52,8 +52,8 @@ def generate(
 
     Raises:
         InputError: the prompt is empty, too long, or holds an id the model does not have; an option does not fit.
-        TokenizerError: messages for a checkpoint without a chat template, or a template that fails.
-        GrammarError: a schema, regex, grammar or choices that cannot be enforced.
+        TokenizerError: messages for a checkpoint without a chat template, or a template that fails or leaves tools out.
+        GrammarError: a schema, regex, grammar, choices, or parameters of a tool that cannot be enforced.
         IncompleteAnswerError: the answer was cut off before it was what they ask for; `text` is what was made.
         CallbackError: one of logits_processors raised, or did not return logits; the message names it.
     """

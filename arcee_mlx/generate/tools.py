@@ -7,6 +7,7 @@ runs a function: see `run_tools`.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -33,11 +34,13 @@ class ToolCall:
         name: of the tool.
         arguments: by name.
         text: as the model wrote it.
+        id: of a call from a conversation that was told; None for the model's, whose results go by their order.
     """
 
     name: str
     arguments: Mapping[str, Any] = field(hash=False)
     text: str = field(default="", compare=False, repr=False)
+    id: str | None = None
 
     def __str__(self) -> str:
         return f"{self.name}({', '.join(f'{name}={value!r}' for name, value in self.arguments.items())})"
@@ -63,10 +66,12 @@ class ToolResult:
     Attributes:
         name: of the tool.
         content: text; of other values usually their JSON.
+        tool_call_id: of the call, where that has an id.
     """
 
     name: str
     content: str
+    tool_call_id: str | None = None
 
 
 def read_tools(tools: Iterable[Tool]) -> tuple[dict[str, Any], ...]:
@@ -96,7 +101,9 @@ def _read_tool(place: int, tool: Tool) -> dict[str, Any]:
         return get_json_schema(tool)
     wrapped: Any = dict(tool) if tool.get("type") == "function" else {"type": "function", "function": tool}
     function = wrapped.get("function")
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+    others = {"inputSchema", "input_schema"}  # MCP's and Anthropic's names of the parameters
+    known = isinstance(function, Mapping) and isinstance(function.get("name"), str) and not others & function.keys()
+    if not known or not function["name"]:
         raise InputError(
             f"tools[{place}] is {tool!r}; expected a function's schema: "
             '{"type": "function", "function": {"name": ..., "description": ..., "parameters": {...}}}'
@@ -140,17 +147,29 @@ class ToolFormat:
         place = text.find(self.start)
         while place >= 0:
             inside = place + len(self.start)
-            end = text.find(self.end, inside) if self.end else len(text)
-            if end < 0:
+            ends = (
+                [m.end() for m in re.finditer(re.escape(self.end), text[inside:])] if self.end else [len(text) - inside]
+            )
+            if not ends:
                 invalid.append(InvalidToolCall(text[place:], f"is cut off: {self.end} is missing"))
                 break
-            written = text[place : end + len(self.end)]
-            try:
-                calls += self._read_calls(text[inside:end], written)
-            except Exception as error:  # mlx-lm's parsers raise what their text makes them raise
-                invalid.append(InvalidToolCall(written, f"{type(error).__name__}: {error}"))
-            place = text.find(self.start, end + len(self.end))
+            found, error, end = self._read_first(text, place, [inside + end for end in ends])
+            calls += found
+            if error is not None:
+                invalid.append(InvalidToolCall(text[place:end], f"{type(error).__name__}: {error}"))
+            place = text.find(self.start, end)
         return tuple(calls), tuple(invalid)
+
+    def _read_first(self, text: str, place: int, ends: Sequence[int]) -> tuple[list[ToolCall], Exception | None, int]:
+        """What begins at a place, up to the first end mark behind which it can be read: an argument may hold one, too."""
+        first: Exception | None = None
+        for end in ends:
+            written = text[place:end]
+            try:
+                return self._read_calls(written[len(self.start) : len(written) - len(self.end)], written), None, end
+            except Exception as error:  # mlx-lm's parsers raise what their text makes them raise
+                first = first or error
+        return [], first, ends[0]
 
     def _read_calls(self, inside: str, written: str) -> list[ToolCall]:
         parsed = self.parse(inside, list(self.tools))
@@ -178,12 +197,12 @@ def find_tool_format(tokenizer: Tokenizer, tools: Sequence[Any]) -> ToolFormat:
 
 
 def cut_tool_calls(text: str, calls: Sequence[ToolCall]) -> str:
-    """A text without calls that were read in it, nor white space around them; unchanged where there are none."""
+    """A text without calls that were read in it, nor white space at its end; unchanged where there are none."""
     if not calls:
         return text
     for call in dict.fromkeys(call.text for call in calls):
         text = text.replace(call, "")
-    return text.strip()
+    return text.rstrip() if text.strip() else ""
 
 
 def write_tool_grammar(
@@ -205,11 +224,12 @@ def write_tool_grammar(
             return "start: TEXT\nTEXT: /(.|\\n)*/"
         return f"start: TEXT\nTEXT: /(.|\\n)*/ & ~/(.|\\n)*{_escape(form.start)}(.|\\n)*/"
     if form.name != _HERMES:
-        if tool_choice == "auto":
+        if tool_choice == "auto" and parallel_tool_calls:
             return None
+        asked = f"tool_choice {tool_choice!r}" if tool_choice != "auto" else "parallel_tool_calls False"
         raise GrammarError(
-            f"tool_choice {tool_choice!r} cannot be enforced in the form of calls that the chat template teaches "
-            f"({form.name}); expected 'auto' or 'none', or a template with JSON between <tool_call> and </tool_call>"
+            f"{asked} cannot be enforced in the form of calls that the chat template teaches ({form.name}); expected "
+            f"'auto' or 'none', and parallel calls; or a template with JSON between <tool_call> and </tool_call>"
         )
     called = [tool["function"] for tool in form.tools if tool_choice in (*TOOL_CHOICES, tool["function"]["name"])]
     more = f'("\\n" {mark(form.start)} call)*' if parallel_tool_calls and tool_choice in TOOL_CHOICES else ""

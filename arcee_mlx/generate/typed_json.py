@@ -56,6 +56,8 @@ def read_type(hint: Any, value: Any) -> Any:
         if not isinstance(value, list):
             raise ValueError(f"{value!r} is no {hint}")
         same = origin is list or ... in arguments
+        if not same and len(value) != len(arguments):
+            raise ValueError(f"{value!r} has {len(value)} items; expected the {len(arguments)} of {hint}")
         items = [read_type(arguments[0] if same else arguments[i], item) for i, item in enumerate(value)]
         return items if origin is list else tuple(items)
     if origin is dict:

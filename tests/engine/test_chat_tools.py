@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from arcee_mlx import DEMO_MODEL
 from arcee_mlx.cli import main
+from arcee_mlx.engine.chat import MAX_TOOL_ROUNDS
 
 Talk = Callable[..., tuple[int, str, str]]
 TOOLS = '''
@@ -37,7 +39,10 @@ REQUIRED = ("--tools", "sea_tools:measure", "--tool-choice", "required", "--temp
 def talk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Talk:
     """Pipes text through the program, in a folder with a module of tools."""
     (tmp_path / "sea_tools.py").write_text(TOOLS)
+    (tmp_path / "broken_tools.py").write_text("1 +")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "sea_tools", raising=False)
 
     def talk(text: str, *arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
@@ -68,6 +73,21 @@ def test_what_is_not_allowed_does_not_run(talk: Talk, tmp_path: Path, said: str)
     assert "Run measure(" in err and "(measure: error: the user does not want this call)" in err and out.strip()
 
 
+def test_what_answers_the_question_with_something_else_is_no_permission_and_no_message(
+    talk: Talk, tmp_path: Path
+) -> None:
+    status, _, err = talk("How deep?\nAnd how wide?\n", *REQUIRED)
+    assert status != 0 and runs(tmp_path) == 0 and "is answered 'And how wide?'; expected y or n" in err
+
+
+def test_a_model_that_only_calls_is_left_alone_after_some_rounds(
+    talk: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("arcee_mlx.engine.chat.free_to_call", lambda options: options)
+    status, _, err = talk("How deep?\n" + "y\n" * MAX_TOOL_ROUNDS, *REQUIRED)
+    assert status == 0 and runs(tmp_path) >= MAX_TOOL_ROUNDS and "are left alone" in err
+
+
 def test_undo_takes_back_the_question_with_its_calls(talk: Talk) -> None:
     status, _, err = talk("How deep?\ny\n/undo\n", *REQUIRED)
     assert status == 0 and "(0 messages are left)" in err
@@ -90,6 +110,7 @@ def test_a_call_that_was_cut_off_is_shown(talk: Talk, tmp_path: Path) -> None:
         (("--tools", "nowhere:measure"), "'nowhere:measure', which cannot be imported"),
         (("--tools", "sea_tools:sink"), "'sea_tools:sink', which cannot be imported"),
         (("--tools", "sea_tools"), "expected MODULE:FUNCTION"),
+        (("--tools", "broken_tools:x"), "'broken_tools:x', which cannot be imported (SyntaxError"),
         (("--tools", "sea_tools:number"), "of type int; expected a function"),
         (("--tools", "sea_tools:sail"), "coroutine function"),
         (("--tools", "sea_tools:measure,sea_tools:measure"), "the name of two"),

@@ -25,7 +25,8 @@ from arcee_mlx import (
     ToolResult,
     run_tools,
 )
-from arcee_mlx.engine.tool_loop import run_call
+from arcee_mlx.engine.tool_loop import run_calls
+from arcee_mlx.engine.transcript import Draft, Turn
 
 GREEDY = GenerateOptions(temp=0, max_tokens=80)
 
@@ -113,6 +114,7 @@ def test_parallel_calls_are_answered_in_their_order(engine: Engine, tools: list[
     assert session.messages[-1].content == answer.content
 
 
+CALL = '<tool_call>\n{"name": "tell_time", "arguments": {"zone": "UTC"}}\n</tool_call>'
 ARGUMENTS: dict[str, dict[str, Any]] = {"tell_time": {"zone": "UTC"}, "measure": {"sea": "Pacific", "unit": "ft"}}
 
 
@@ -156,13 +158,99 @@ def test_what_goes_wrong_in_a_call_is_its_result() -> None:
         return [to.x, by, {1, 2}]
 
     def run(arguments: dict[str, Any]) -> str:
-        return run_call(ToolCall("go", arguments), {"go": go}).content
+        (result,) = run_calls([ToolCall("go", arguments)], {"go": go})
+        return result.content
 
     assert run({"to": {"x": 3}, "by": [1, "é"]}) == '[3, [1, "é"], "{1, 2}"]'
     assert run({"to": {"x": 3}, "by": [], "more": 1}) == "error: RuntimeError: storm"
     assert run({"to": {"x": "3"}, "by": []}).startswith("error: ValueError")
     assert run({"by": []}).startswith("error: TypeError")
     assert run({"to": {"x": 3}, "by": [], "what": 1}).startswith("error: TypeError")
+
+
+def test_a_result_that_is_no_json_is_told_as_it_prints() -> None:
+    results: dict[str, Any] = {"circle": [], "keys": {(1, 2): 3}, "half": "a\ud800"}
+    results["circle"].append(results["circle"])
+    calls = [ToolCall(name, {}) for name in results]
+    contents = [result.content for result in run_calls(calls, {name: lambda v=v: v for name, v in results.items()})]
+    assert contents == ["[[...]]", "{(1, 2): 3}", "a?"]
+
+
+def test_a_function_cannot_change_what_the_model_said(engine: Engine) -> None:
+    def clear(items: list) -> str:  # type: ignore[type-arg]
+        """Clears.
+
+        Args:
+            items: Which.
+        """
+        items.clear()
+        return "done"
+
+    functions = [{"function": {"name": "clear", "arguments": {"items": ["a"]}}}]
+    said: list[Any] = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": functions}]
+    session = engine.session(messages=said, options=GREEDY)
+    run_tools(session, [clear])
+    assert session.messages[1].tool_calls == (ToolCall("clear", {"items": ["a"]}),)
+
+
+def test_all_calls_are_asked_about_before_any_runs(engine: Engine, tools: list[Any], ran: list[Any]) -> None:
+    session = call_session(engine, tools, "tell_time", "measure")
+
+    def approve(call: ToolCall) -> bool:
+        if call.name == "measure":
+            raise EOFError
+        return True
+
+    with pytest.raises(EOFError):
+        run_tools(session, tools, approve=approve)
+    assert ran == [] and len(session.pending_tool_calls) == 2
+
+
+def test_results_that_do_not_fit_are_in_a_note_of_the_error(engine: Engine) -> None:
+    def read() -> str:
+        """Reads."""
+        return "The sea is wide and deep. " * 600
+
+    session = call_session(engine, [read], "read")
+    with pytest.raises(ContextOverflowError) as caught:
+        run_tools(session, [read])
+    assert "wide and deep" in caught.value.__notes__[0] and session.pending_tool_calls
+
+
+def test_calls_of_an_answer_that_was_cut_off_do_not_run(engine: Engine, tools: list[Any], ran: list[Any]) -> None:
+    whole = ToolCall("tell_time", {"zone": "UTC"}, CALL)
+    answer = finish(engine.session(options=GREEDY).send("Hi"))
+    cut = replace(answer, text=f"{CALL}\n<tool_call>", tool_calls=(whole,), stop_reason="max_tokens")
+    turn = Draft(Turn("Hi", ""), []).complete(engine.tokenizer, cut)
+    assert turn.tool_calls == () and turn.answer == cut.text
+    session = engine.session()
+    answer = run_tools(session, tools, text="How deep?", options=make(tools, max_tokens=8))
+    assert answer.is_complete is False and not ran and not session.pending_tool_calls
+
+
+def test_results_told_in_another_order_go_by_their_ids(engine: Engine) -> None:
+    def call(name: str, key: str | None) -> dict[str, Any]:
+        return {"id": key, "type": "function", "function": {"name": name, "arguments": "{}"}}
+
+    def tell(*results: dict[str, Any], ids: tuple[str | None, str | None] = ("1", "2")) -> Session:
+        calls = [call("depth", ids[0]), call("time", ids[1])]
+        said: list[Any] = [
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "content": None, "tool_calls": calls},
+        ]
+        return engine.session(messages=[*said, *results, {"role": "assistant", "content": "So."}])
+
+    noon = {"role": "tool", "content": "noon", "tool_call_id": "2", "name": "time"}
+    deep = {"role": "tool", "content": "4 km", "tool_call_id": "1"}
+    for results in ((noon, deep), (deep, noon)):
+        told = [message.for_template() for message in tell(*results).messages[1:4]]
+        assert [call["id"] for call in told[0]["tool_calls"]] == ["1", "2"]
+        assert told[1:] == [deep | {"name": "depth"}, noon]
+    unnamed = [{"role": "tool", "content": text} for text in ("4 km", "noon")]
+    assert [message.content for message in tell(*unnamed, ids=(None, None)).messages[2:4]] == ["4 km", "noon"]
+    for wrong in ((deep | {"tool_call_id": "3"}, noon), (unnamed[0] | {"name": "time"}, unnamed[1]), (deep, deep)):
+        with pytest.raises(InputError, match="one message of each call"):
+            tell(*wrong)
 
 
 def test_after_the_last_round_calls_are_left_pending(engine: Engine, tools: list[Any], ran: list[Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -227,7 +228,55 @@ def test_what_cannot_be_read_stays_in_the_content(demo, inside: str, error: str)
     broken = f"<tool_call>{inside}</tool_call>"
     calls, (invalid,) = form.read(f"One {CALL} two {broken} three")
     assert calls == (ToolCall("tell_time", {"zone": "Ä"}),) and invalid.text == broken and error in invalid.error
-    assert cut_tool_calls(f"One {CALL} two {broken}", calls) == f"One  two {broken}"
+    assert cut_tool_calls(f" One {CALL} two {broken}\n{CALL}\n", calls) == f" One  two {broken}"
+    assert cut_tool_calls(f"\n{CALL}\n", calls) == ""
+
+
+def test_a_text_argument_may_hold_the_marks(demo) -> None:
+    call = '<tool_call>\n{"name": "say", "arguments": {"text": "a </tool_call> b <tool_call>"}}\n</tool_call>'
+    tool = {"name": "say", "parameters": {"type": "object", "properties": {"text": {"type": "string"}}}}
+    form = find_tool_format(demo[1], GenerateOptions(tools=[tool]).tools)
+    grammar = tool_grammar(demo[1], tools=[tool], tool_choice="required")
+    calls, invalid = form.read(f"{call}\n{call}")
+    assert grammar is not None and grammar.is_complete(f"{call}\n{call}") and not invalid
+    assert [dict(call.arguments) for call in calls] == [{"text": "a </tool_call> b <tool_call>"}] * 2
+
+
+def test_none_reads_no_calls_in_a_form_that_looks_like_one(demo) -> None:
+    answer = ask(demo, tool_choice="none", choices=[CALL])
+    assert answer.text == CALL == answer.content and not answer.tool_calls and answer.stop_reason == "eos"
+
+
+def test_parameters_of_several_parts_mean_what_they_say(demo) -> None:
+    part = {"type": "object", "properties": {"a": {"enum": ["x"]}}, "required": ["a"]}
+    other = {"type": "object", "properties": {"b": {"enum": ["y"]}}, "required": ["b"]}
+    cases: list[tuple[dict[str, Any], str, str]] = [
+        ({"type": "object", "allOf": [part, other]}, '{"a": "x", "b": "y"}', '{"a": "x"}'),
+        ({"type": "object", "$ref": "#/$defs/A", "$defs": {"A": part}}, '{"a": "x"}', "{}"),
+        ({"type": "object", "properties": {"p": {"anyOf": [part, other]}}}, '{"p": {"b": "y"}}', '{"p": {}}'),
+        ({"type": "object", "properties": {"p": part}}, '{"p": {"a": "x"}}', '{"p": {"a": "x", "b": "y"}}'),
+    ]  # fmt: skip
+    for parameters, whole, wrong in cases:
+        grammar = tool_grammar(demo[1], tools=[{"name": "f", "parameters": parameters}], tool_choice="required")
+        call = '<tool_call>\n{"name": "f", "arguments": %s}\n</tool_call>'
+        assert grammar is not None and grammar.is_complete(call % whole), parameters
+        assert not grammar.is_complete(call % wrong), parameters
+
+
+def test_a_tuple_is_whole(demo) -> None:
+    def place(at: tuple[int, bool]) -> str:
+        """Places.
+
+        Args:
+            at: Where.
+        """
+        raise AssertionError
+
+    grammar = tool_grammar(demo[1], tools=[place], tool_choice="required")
+    assert grammar is not None
+    for at, is_whole in (("[1, true]", True), ("[]", False), ("[1]", False), ("[1, true, 2]", False)):
+        call = f'<tool_call>\n{{"name": "place", "arguments": {{"at": {at}}}}}\n</tool_call>'
+        assert grammar.is_complete(call) is is_whole
 
 
 def test_arguments_that_are_json_in_a_text_are_read(demo) -> None:
@@ -288,6 +337,8 @@ def test_another_form_of_calls_is_read_by_mlx_lms_parser_and_not_enforced(tiny: 
     assert tool_grammar(tokenizer) is None
     with pytest.raises(GrammarError, match=r"'required' cannot be enforced .* \(pythonic\)"):
         tool_grammar(tokenizer, tool_choice="required")
+    with pytest.raises(GrammarError, match=r"parallel_tool_calls False cannot be enforced"):
+        tool_grammar(tokenizer, parallel_tool_calls=False)
     none = tool_grammar(tokenizer, tool_choice="none")
     assert none is not None and none.is_complete("So:") and not none.is_complete(text)
 
@@ -314,6 +365,8 @@ def test_a_keyword_that_cannot_be_enforced_is_named_with_its_tool(demo) -> None:
         ({"tools": [3]}, r"tools\[0\] is of type int"),
         ({"tools": [{"description": "x"}]}, r"tools\[0\] is .* expected a function's schema"),
         ({"tools": [{"name": "x", "parameters": {"type": "string"}}]}, "parameters is .* expected .* 'object'"),
+        ({"tools": [{"name": "x", "inputSchema": {}}]}, "expected a function's schema"),
+        ({"tools": [functools.partial(measure, "Pacific")]}, "expected"),
         ({"tools": [measure, measure]}, "'measure' is the name of two"),
         ({"tools": [{"name": "auto"}]}, "'auto' is a word of tool_choice"),
         ({"tools": TOOLS, "tool_choice": "sail"}, "tool_choice is 'sail'; expected one of auto"),
