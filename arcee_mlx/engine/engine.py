@@ -258,6 +258,7 @@ class Engine:
         Args:
             system_prompt: what stands before all turns.
             messages: of a conversation so far, the user's and the assistant's in turns; a system message may be the first.
+                After an answer with tool_calls, in OpenAI's form, tool messages may stand in the user's place.
             options: for answers that are given none of their own.
             overflow: where a prompt no longer fits the context: "refuse" raises ContextOverflowError, "drop_oldest_turns"
                 leaves the oldest turns out of what the model sees.
