@@ -188,3 +188,37 @@ def test_answers_alone_go_where_standard_output_goes(checkpoint: Path, tmp_path:
         assert terminal.wait_for_end() == 0
     text = (tmp_path / "answers").read_text(encoding="utf-8")
     assert text.endswith("\n") and len(text) > 5 and not re.search(">>>|cut off|Type", text)
+
+
+TOOL = '''
+from typing import Literal
+
+def measure(sea: Literal["Pacific"]) -> str:
+    """Measures a sea.
+
+    Args:
+        sea: Which.
+    """
+    open("ran.txt", "a").close()
+    return "4 km"
+'''
+
+
+def test_a_call_is_asked_about_and_ctrl_c_at_the_question_runs_nothing(tmp_path: Path) -> None:
+    (tmp_path / "sea_tools.py").write_text(TOOL)
+    arguments = ("--tools", "sea_tools:measure", "--tool-choice", "measure", "--temp", "0", "--max-tokens", "60")
+    with open_terminal(*arguments, folder=tmp_path) as terminal:
+        terminal.wait_for(PROMPT)
+        terminal.type("How deep?\n")
+        terminal.wait_for("Run measure(sea='Pacific')? [y/N] ")
+        terminal.press_until(CTRL_C, HOW_TO_LEAVE)
+        terminal.wait_for(PROMPT)
+        assert not (tmp_path / "ran.txt").exists()
+        terminal.type("How deep is it?\n")
+        terminal.wait_for("Run measure(sea='Pacific')? [y/N] ")
+        terminal.type("y\n")
+        terminal.wait_for("(measure: 4 km)")
+        terminal.wait_for(PROMPT)
+        assert (tmp_path / "ran.txt").exists()
+        terminal.type(CTRL_D)
+        assert terminal.wait_for_end() == 0
