@@ -161,9 +161,8 @@ def join_chunks(
     text = "".join(chunk.text for chunk in chunks)
     last = chunks[-1]
     is_complete, calls, invalid = last.is_complete, last.tool_calls, last.invalid_tool_calls
-    if request is not None and not request.is_free:
-        ended = is_complete is True and last.stop_reason is not None
-        is_complete, calls, invalid = request.judge(text, is_ended=ended)
+    if request is not None and last.stop_reason is None:  # else the last chunk says it
+        is_complete, calls, invalid = request.judge(text)
     return Answer(
         text=text,
         tokens=tuple(chunk.token for chunk in chunks),
